@@ -1,0 +1,54 @@
+"""sqviz: see, touch and run SmoothQuant and StreamingLLM on any causal language model.
+
+    import sqviz
+    lm = sqviz.load()                               # or a hub id, a folder, a .gguf file
+    m = sqviz.capture(lm, sqviz.text(), samples=16)
+    m.outliers()                                    # the channels that break INT8
+    sqviz.explore_smoothing(lm, m)                  # slide α, watch the quantisation error
+
+Importing this module does no work: each name is imported on first use.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "sqviz.models.lm": ["LM"],
+    "sqviz.models.load": ["load", "wrap"],
+    "sqviz.models.arch": ["ARCHS"],
+    "sqviz.corpus.source": ["text"],
+    "sqviz.observe.magnitudes": ["Magnitudes"],
+    "sqviz.observe.capture": ["capture"],
+    "sqviz.quant.granularity": ["PerTensor", "PerToken", "PerChannel", "PerGroup"],
+    "sqviz.quant.schemes": [
+        "Scheme",
+        "W8A8",
+        "ZEROQUANT",
+        "SMOOTHQUANT_O1",
+        "SMOOTHQUANT_O2",
+        "SMOOTHQUANT_O3",
+        "SMOOTHQUANT_LLAMA",
+    ],
+    "sqviz.quant.smooth": ["smooth"],
+    "sqviz.quant.linear": ["quantize"],
+    "sqviz.evaluation.perplexity": ["perplexity"],
+    "sqviz.widgets.smoothing": ["explore_smoothing"],
+    "sqviz.progress": ["CancelToken"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME_OF, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'sqviz' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Text: documents in, token streams out."""

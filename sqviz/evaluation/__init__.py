@@ -1,0 +1,1 @@
+"""Evaluation: one number about a whole model."""

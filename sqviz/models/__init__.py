@@ -1,0 +1,1 @@
+"""Models: where things are in each architecture, and how to load one."""

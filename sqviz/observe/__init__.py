@@ -1,0 +1,1 @@
+"""Capture: what flows into every linear, reduced as it flows."""

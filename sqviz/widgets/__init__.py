@@ -1,0 +1,1 @@
+"""Widgets: a traitlets class, a .js and a .css of the same name, side by side."""
