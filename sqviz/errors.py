@@ -37,5 +37,5 @@ class DownloadError(OSError):
     """The embedded model could not be fetched, or what arrived is not what was expected."""
 
 
-class Cancelled(Exception):  # noqa: N818 - it is a request that was met, not an error
+class Cancelled(Exception):
     """Long work was stopped on request. The model and earlier results are as they were."""

@@ -1,8 +1,8 @@
 """`LM`: a causal language model, its tokenizer, and what sqviz knows about its architecture. Immutable.
 
-A transformation (smooth, quantise) makes a new `LM` from `share(lm.model)`: a copy of the module tree whose parameters and
-buffers are the very same tensors. Replacing a parameter in the copy leaves the original as it was and costs the memory of
-that one parameter.
+A transformation (smooth, quantise) makes a new `LM` from `share(lm.model)`: a copy of the module tree whose parameters
+and buffers are the very same tensors. Replacing a parameter in the copy leaves the original as it was and costs the
+memory of that one parameter.
 """
 
 import copy
@@ -36,7 +36,7 @@ class LM:
     model: nn.Module
     tokenizer: Any
     arch: "Arch"
-    scales: Mapping[str, Tensor] = NO_SCALES
+    scales: Mapping[str, Tensor] = dataclasses.field(default_factory=lambda: NO_SCALES)
     note: str = ""
 
     @property
