@@ -1,8 +1,8 @@
 """Progress bars for long work, with a cancel button where there is a notebook to show one.
 
 In a terminal this is a tqdm bar, and Ctrl-C stops the work. In a notebook it is an ipywidgets bar with a *Cancel*
-button; the button answers while the cell runs, because JupyterLab ≥ 4.4 with ipykernel ≥ 7 delivers widget messages on a
-thread of their own. Either way the work stops at its next `step()` by raising `Cancelled`, and cleans up in `finally`.
+button; the button answers while the cell runs, because JupyterLab ≥ 4.4 with ipykernel ≥ 7 delivers widget messages
+on a thread of their own. Either way the work stops at its next `step()` by raising `Cancelled`, and cleans up after it.
 """
 
 import sys

@@ -30,6 +30,7 @@ def test_draws_name_and_count_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress(4, "capture", unit="segment") as bar:
+        time.sleep(0.15)  # longer than tqdm's pause between two drawings
         bar.step(4)
     assert "capture" in terminal.getvalue()
     assert "4/4" in terminal.getvalue()
