@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sqviz.errors import DownloadError, SqvizError, UnknownArchitecture
+from sqviz.errors import SqvizError, UnknownArchitecture
 from sqviz.models import convert, embedded
 from sqviz.models.arch import ARCHS, Arch, arch_of
+from sqviz.models.explain import explained, not_unpickled
 from sqviz.models.lm import LM, share
 from sqviz.progress import CancelToken
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "merges.txt")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load(
@@ -113,8 +113,8 @@ def _from_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
             f"{', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}"
         )
     if not any(folder.glob("*.safetensors")):
-        raise _not_unpickled(folder)
-    with _explained(name):
+        raise not_unpickled(folder)
+    with explained(name):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         return _build(str(folder), config, name, device, dtype, with_tokenizer=_has_tokenizer(folder))
 
@@ -149,7 +149,7 @@ def _from_single(path: Path, device: torch.device, dtype: torch.dtype | None) ->
 
     if not (path.parent / "config.json").is_file():
         raise SqvizError(f"there is no config.json beside {str(path)!r}; put the model's configuration there")
-    with _explained(str(path)):
+    with explained(str(path)):
         config = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
         tokenizer = _has_tokenizer(path.parent)
         return _build(str(path.parent), config, str(path), device, dtype, tokenizer, weights=load_file(path))
@@ -158,7 +158,7 @@ def _from_single(path: Path, device: torch.device, dtype: torch.dtype | None) ->
 def _from_hub(name: str, device: torch.device, dtype: torch.dtype | None) -> LM:
     from transformers import AutoConfig
 
-    with _explained(name):
+    with explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         return _build(name, config, name, device, dtype, with_tokenizer=None)
 
@@ -233,60 +233,9 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return getattr(torch, name)
 
 
-def _not_unpickled(place: Path | str) -> SqvizError:
-    return SqvizError(
-        f"{str(place)!r} has no .safetensors file. Pickled weights (.bin, .pt) are never read here, because unpickling "
-        "runs whatever code is in them. If you trust the file, convert it once: "
-        "transformers.AutoModelForCausalLM.from_pretrained(PLACE).save_pretrained(FOLDER), then sqviz.load(FOLDER)"
-    )
-
-
-@contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Say which model it was and what to do, where transformers, the hub or safetensors give up."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise SqvizError(
-            f"a weight file of {name!r} is truncated or altered ({error}). Fetch or copy it again"
-        ) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, SqvizError | DownloadError):
-            raise
-        causes = list(_chain(error))
-        if any(isinstance(cause, GatedRepoError) for cause in causes):
-            fix = "it is gated: accept its terms on its hub page, then run `hf auth login`"
-        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            fix = "the hub has no such model, or it is private: check the spelling, or run `hf auth login`"
-        elif "trust_remote_code" in str(error):
-            raise UnknownArchitecture(
-                f"{name!r} needs code that comes with the model, which sqviz never runs (trust_remote_code is False); "
-                f"known architectures: {', '.join(sorted(ARCHS))}"
-            ) from error
-        elif "safetensors" in str(error):
-            raise _not_unpickled(name) from error
-        elif isinstance(error, OSError):
-            fix = (
-                "the hub cannot be reached, or has not what is needed. Give a local folder, set HF_HUB_OFFLINE=1 if "
-                "the model is in the hub's cache already, or call sqviz.load() for the embedded model"
-            )
-        else:
-            raise SqvizError(f"cannot load {name!r}: {error}") from error
-        raise DownloadError(f"cannot load {name!r}: {fix}. transformers said: {str(error)[:300]}") from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 @contextlib.contextmanager
 def _quick_imports() -> Iterator[None]:
-    """No garbage collection meanwhile: importing transformers makes so many objects that it costs a quarter of the time."""
+    """No garbage collection meanwhile: it takes a quarter of the time of importing transformers."""
     was_on = gc.isenabled()
     gc.disable()
     try:
