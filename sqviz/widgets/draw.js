@@ -6,6 +6,7 @@
 //   makeCanvas(parent, {height, label, draw}) -> {canvas, redraw(), size(), stop()}
 //        draw(context, width, height, colours) runs at most once a frame: after redraw(), a resize or a theme switch.
 //        height: number, or function of the width. Sharp at any devicePixelRatio; refits down to 320 px.
+//        canvas.paints counts the frames, canvas.paintMilliseconds is what the last draw took: for tests and benchmarks.
 //   themeOf(el) -> {ink, dim, faint, paper, accent, warn, series[6], dark, font}     onTheme(el, callback) -> stop()
 //   linearAxis(lo, hi), logAxis(lo, hi) -> {lo, hi, log, at(value) -> 0..1, from(0..1) -> value, ticks(count)}
 //   drawAxes(context, box, x, y, {xLabel, yLabel, flip, grid}, colours) -> {px(value), py(value)}     box: {x, y, width, height}
@@ -103,7 +104,10 @@ function makeCanvas(parent, { height, label = "", draw }) {
     context.globalAlpha = 1;
     context.fillStyle = colours.paper;
     context.fillRect(0, 0, width, tall);
+    const start = performance.now();
     draw(context, width, tall, colours);
+    canvas.paints = (canvas.paints ?? 0) + 1;
+    canvas.paintMilliseconds = performance.now() - start;
   };
   const redraw = () => (waiting ||= requestAnimationFrame(paint));
   const resized = new ResizeObserver(redraw);
@@ -312,9 +316,9 @@ function addButton(bar, text, title, onClick) {
 
 function addToggle(bar, text, title, on, onChange) {
   const button = addButton(bar, text, title, () => {
-    on = !on;
-    button.setAttribute("aria-pressed", on);
-    onChange(on);
+    const pressed = button.getAttribute("aria-pressed") !== "true"; // the view may have set it meanwhile
+    button.setAttribute("aria-pressed", pressed);
+    onChange(pressed);
   });
   button.setAttribute("aria-pressed", on);
   return button;

@@ -1,0 +1,16 @@
+"""Shrink before drawing: maxima over blocks of cells, so that no outlier is lost."""
+
+import numpy as np
+from jaxtyping import Float
+
+
+def max_pool(
+    values: Float[np.ndarray, "row column"], rows: int, columns: int
+) -> Float[np.ndarray, "pooled_row pooled_column"]:
+    """Maxima over blocks, to at most `rows` × `columns`; every cell is in exactly one block, so no outlier is lost."""
+    for axis, limit in ((0, rows), (1, columns)):
+        size = values.shape[axis]
+        if size > limit:
+            starts = np.arange(limit) * size // limit
+            values = np.maximum.reduceat(values, starts, axis=axis)
+    return values
