@@ -1,0 +1,164 @@
+// The channel side of the smoothing explorer: |X/s|, the channel maxima and |s·W|, one above the other over one channel
+// axis. A cell is coloured by its size next to the largest of the tensor, and left blank where it rounds to 0, that is,
+// below half of the quantisation step it gets under the present scheme: what is blank is what the integers do not hold.
+
+const CHANNEL_SIDE = { left: 52, right: 12 };
+const COLOUR_DECADES = 3;
+const NO_FLOOR = DEAD + 1; // nothing but an exact zero lies below
+
+const groupSize = (word) => Number(/^per-group\((\d+)\)$/.exec(word)?.[1] ?? 0);
+
+// Half a step below the largest value that shares it: in codes, what to subtract from that value's code.
+const halfStep = (bits, range) => Math.log10(2 * (2 ** (bits - 1) - 1)) * codesPerDecade(range);
+
+// Floors of shifted cells under a granularity: {floor: Float64Array, stride, part: Int32Array [column]}; the floor of cell
+// (r, p) is floor[r·stride + part[p]].
+function floorsOf(word, below, cells, rows, columns, rowMax, channelOf) {
+  const one = new Int32Array(columns);
+  if (word === "none") return { floor: Float64Array.of(NO_FLOOR), stride: 0, part: one };
+  if (word === "row") return { floor: Float64Array.from(rowMax, (most) => Math.max(NO_FLOOR, most - below)), stride: 1, part: one };
+  if (word === "tensor") return { floor: Float64Array.of(Math.max(NO_FLOOR, Math.max(...rowMax) - below)), stride: 0, part: one };
+  const size = groupSize(word); // "column" otherwise
+  const part = size ? Int32Array.from(channelOf, (j) => Math.floor(j / size)) : Int32Array.from(one, (_, p) => p);
+  const stride = part.reduce((most, value) => Math.max(most, value), 0) + 1;
+  const floor = new Float64Array(size ? rows * stride : stride).fill(DEAD);
+  for (let r = 0, i = 0; r < rows; r++) {
+    const base = size ? r * stride : 0;
+    for (let p = 0; p < columns; p++, i++) if (cells[i] > floor[base + part[p]]) floor[base + part[p]] = cells[i];
+  }
+  for (let k = 0; k < floor.length; k++) floor[k] = Math.max(NO_FLOOR, floor[k] - below);
+  return { floor, stride: size ? stride : 0, part };
+}
+
+// One map: codes [row][channel] in, a raster of at most `rows` × `columns` cells out.
+function makeMap() {
+  const raster = makeRaster();
+  let [pooled, source, cells, rowMax] = [null, null, new Int16Array(0), new Int16Array(0)];
+  return {
+    raster,
+    // Paints; returns {columns, rows, topCode, lost: share of cells that round to 0}.
+    shade(data, channels, order, shifts, limit, rounding, colours) {
+      if (source !== data.codes || pooled.wanted !== limit.rows) {
+        pooled = { ...poolRows(data.codes, data.rows, channels, limit.rows), wanted: limit.rows };
+        source = data.codes;
+      }
+      const columns = Math.min(channels, limit.columns), { rows } = pooled;
+      if (cells.length !== rows * columns) cells = new Int16Array(rows * columns);
+      if (rowMax.length !== rows) rowMax = new Int16Array(rows);
+      shiftCells(pooled.codes, rows, channels, shifts, columns, cells, rowMax);
+      const topCode = Math.max(...rowMax);
+      const channelOf = groupSize(rounding.word) ? Int32Array.from({ length: columns }, (_, p) => order[Math.floor(((p + 0.5) * channels) / columns)]) : null;
+      const floors = rounding.fixed ?? floorsOf(rounding.word, halfStep(rounding.bits, data.range), cells, rows, columns, rowMax, channelOf);
+      const pixels = raster.fit(columns, rows);
+      const lost = paintCells(cells, rows, columns, floors, topCode, COLOUR_DECADES * codesPerDecade(data.range), colours.lut, colours.lost, pixels);
+      return { columns, rows, topCode, lost: lost / (rows * columns) };
+    },
+  };
+}
+
+const cssPixel = (colour) => {
+  const probe = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+  probe.fillStyle = colour;
+  probe.fillRect(0, 0, 1, 1);
+  return new Uint32Array(probe.getImageData(0, 0, 1, 1).data.buffer)[0];
+};
+
+function heading(parent, title) {
+  const line = Object.assign(document.createElement("div"), { className: "sm-heading" });
+  const name = Object.assign(document.createElement("span"), { className: "sm-name" });
+  name.append(...title);
+  const facts = Object.assign(document.createElement("span"), { className: "sm-facts" });
+  line.append(name, facts);
+  parent.append(line);
+  return facts;
+}
+
+const swatch = (text, series, faint = false) => {
+  const item = Object.assign(document.createElement("span"), { className: faint ? "sm-key sm-faint" : "sm-key", textContent: text });
+  item.style.setProperty("--key", `var(--sq-series-${series})`);
+  return item;
+};
+
+const before = (was, is) => (was === is ? is : `${was} → ${is}`);
+const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
+
+// |X/s| or |s·W|: `side` says which.
+function makeMapPanel(parent, store, side) {
+  const isX = side === "x";
+  const facts = heading(parent, isX ? ["|X / s|", " activations in"] : ["|s · W|", " weights"]);
+  const map = makeMap(), reference = makeMap();
+  const lut = lutOf("viridis");
+  let [shifts, colours, untouched] = [new Int16Array(0), null, {}];
+
+  const rounding = (now) => {
+    const { activation, weight, bits, weight_bits: weightBits } = store.scheme;
+    if (!isX) return { word: { "per-tensor": "tensor", "per-channel": "row" }[weight] ?? weight, bits: weightBits };
+    const word = { "per-tensor": "tensor", "per-token": "row", "per-channel": "column" }[activation] ?? activation;
+    if (!store.scheme.static || activation !== "per-tensor") return { word, bits };
+    // Static: the step comes from the calibration maxima, not from the tokens shown.
+    const { range } = now.pack.x, most = now.xAfter.reduce((a, b) => Math.max(a, b), 0);
+    const floor = most > 0 ? Math.max(NO_FLOOR, codeOf(most, range) - halfStep(bits, range)) : NO_FLOOR;
+    return { word, bits, fixed: { floor: Float64Array.of(floor), stride: 0, part: new Int32Array(store.row.channels) } };
+  };
+  const lost = (now, data, limit) => {
+    // What rounds to 0 without smoothing, computed once per linear, scheme and size.
+    const key = `${now.pack.group}|${store.linear}|${schemeKey(store.scheme)}|${limit.columns}|${limit.rows}|${now.pack.sorted}`;
+    if (untouched.key !== key || untouched.pack !== now.pack) {
+      const plain = { ...now, xAfter: now.pack.x.absmax };
+      const none = new Int16Array(now.pack.channels);
+      const { lost: share } = reference.shade(data, now.pack.channels, now.pack.order, none, limit, rounding(plain), colours);
+      untouched = { key, pack: now.pack, share };
+    }
+    return untouched.share;
+  };
+
+  const panel = makeCanvas(parent, {
+    height: () => (isX ? panel.tall ?? store.about.map_height : 132),
+    label: isX ? "Map of |X/s|: tokens down, channels across" : "Map of |s·W|: outputs down, channels across",
+    draw(context, width, height, theme) {
+      const now = store.now();
+      const box = { x: CHANNEL_SIDE.left, y: 4, width: width - CHANNEL_SIDE.left - CHANNEL_SIDE.right, height: height - (isX ? 8 : 42) };
+      panel.box = box;
+      if (!now) return;
+      if (colours?.theme !== theme) colours = { theme, lut, lost: cssPixel(theme.dark ? "#242424" : "#eeeeee") };
+      const data = isX ? now.pack.x : now.w, ratio = window.devicePixelRatio || 1;
+      const limit = { columns: Math.max(1, Math.round(box.width * ratio)), rows: Math.max(1, Math.round(box.height * ratio)) };
+      if (shifts.length !== now.s.length) shifts = new Int16Array(now.s.length);
+      codeShifts(now.s, data.range, isX ? -1 : 1, shifts);
+      const was = lost(now, data, limit);
+      const drawn = map.shade(data, now.pack.channels, now.pack.order, shifts, limit, rounding(now), colours);
+      map.raster.paint(context, box);
+      panel.drawn = drawn;
+      const most = (values) => number(values.reduce((a, b) => Math.max(a, b), 0));
+      const [from, to] = isX ? [now.pack.x.absmax, now.xAfter] : [now.w.absmax, now.wAfter];
+      facts.textContent = `largest ${before(most(from), most(to))}  ·  rounds to 0: ${before(percent(was), percent(drawn.lost))}`;
+      drawMapAxes(context, box, theme, { isX, channels: now.pack.channels, rows: isX ? data.rows * now.pack.tokensPerRow : data.out, sorted: store.sorted });
+    },
+  });
+  return panel;
+}
+
+function drawMapAxes(context, box, theme, { isX, channels, rows, sorted }) {
+  context.font = `11px ${theme.font}`;
+  context.fillStyle = context.strokeStyle = theme.dim;
+  context.textAlign = "right";
+  context.textBaseline = "middle";
+  const y = linearAxis(0, rows);
+  for (const tick of y.ticks(box.height / 55)) context.fillText(number(tick), box.x - 6, Math.min(box.y + box.height - 4, Math.max(box.y + 5, box.y + box.height * y.at(tick))));
+  context.save();
+  context.translate(9, box.y + box.height / 2);
+  context.rotate(-Math.PI / 2);
+  context.textAlign = "center";
+  context.fillText(isX ? "token" : "output", 0, 0);
+  context.restore();
+  if (isX) return;
+  const x = linearAxis(0, channels), bottom = box.y + box.height;
+  context.textAlign = "center";
+  context.textBaseline = "top";
+  for (const tick of x.ticks(box.width / 80)) {
+    const at = box.x + box.width * x.at(tick);
+    context.fillRect(Math.round(at), bottom, 1, 4);
+    context.fillText(number(tick), Math.min(at, box.x + box.width - 8), bottom + 6);
+  }
+  context.fillText(sorted ? "input channel, largest |X| first" : "input channel", box.x + box.width / 2, bottom + 21);
+}
