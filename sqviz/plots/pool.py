@@ -14,3 +14,8 @@ def max_pool(
             starts = np.arange(limit) * size // limit
             values = np.maximum.reduceat(values, starts, axis=axis)
     return values
+
+
+def max_runs(values: Float[np.ndarray, "row column"], run: int) -> Float[np.ndarray, "pooled_row column"]:
+    """Maxima over `run` rows each, the last run possibly shorter: as capture pools, so pooling again stays exact."""
+    return np.maximum.reduceat(values, np.arange(0, len(values), run), axis=0) if run > 1 else values

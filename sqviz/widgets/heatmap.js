@@ -10,7 +10,7 @@ function render({ model, el }) {
   const tooltip = makeTooltip(root);
   const part = (key) => meta[key] && { ...meta[key], codes: asBytes(model.get(`${key}_cells`)) };
   const data = {
-    name: meta.name, columns: meta.columns, tokens: model.get("tokens"), x: part("x"), w: part("w"),
+    name: meta.name, smooths: meta.smooths, columns: meta.columns, tokens: model.get("tokens"), x: part("x"), w: part("w"),
     xMax: asFloat32(model.get("x_max")), wMax: asFloat32(model.get("w_max")),
   };
   const read = () => Object.fromEntries(HEATMAP_STATE.map((name) => [name, model.get(name)]));

@@ -9,9 +9,11 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 import traitlets
 from jaxtyping import Float
 
+from sqviz.observe.magnitudes import Magnitudes
 from sqviz.plots.pool import max_pool
 from sqviz.quant.smooth import smoothing_scale
 from sqviz.widgets.still import Axis, Box, Still, colour_map
@@ -31,8 +33,8 @@ class Maps:
         x_max: [channel] max |X| over the whole calibration.
         w_max: [channel] max |W| over all linears that read the same input: what s is computed from.
         tokens: texts of the first segment.
-        x_units, w_units: tokens, or output features, in one bin.
         x_total, w_total: tokens, or output features, in all.
+        one_scale: whether one s holds for every token. Not so for the inner input of fused experts: an s each.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Maps:
     tokens: tuple[str, ...]
     x_total: int
     w_total: int
+    one_scale: bool = True
 
     @property
     def x_units(self) -> int:
@@ -56,8 +59,6 @@ class Maps:
 
     def scale(self, alpha: float) -> Float[np.ndarray, " channel"]:
         """s [channel] at migration strength α."""
-        import torch
-
         return smoothing_scale(torch.from_numpy(self.x_max), torch.from_numpy(self.w_max), alpha).numpy()
 
     def operand(self, which: str, alpha: float | None = None) -> Float[np.ndarray, "bin channel"]:
@@ -65,7 +66,7 @@ class Maps:
         values = self.x if which == "x" else self.w
         if values is None:
             raise ValueError(f"there is no map of {self.name} for operand {which!r}")
-        if alpha is None:
+        if alpha is None or not self.one_scale:
             return values
         s = self.scale(alpha)
         return values / s if which == "x" else values * s
@@ -78,55 +79,34 @@ def _map(values: Any, peak: float) -> Float[np.ndarray, "bin channel"] | None:
     return np.nan_to_num(np.asarray(values, dtype=np.float32), posinf=peak)
 
 
-def maps_of(magnitudes: Any, name: str | int) -> Maps:
+def maps_of(magnitudes: Magnitudes, layer: str | int) -> Maps:
     """Collect one linear's maps and maxima from a capture.
 
     Raises:
-        NoSuchLayer: no linear of that name was captured; names the nearest.
+        NoSuchLayer: `layer` fits no linear of the capture.
     """
-    name = resolve(magnitudes, name)
+    group = magnitudes.group(layer)
+    name = layer if isinstance(layer, str) and layer in magnitudes.weights else group.name
     stats, weights = magnitudes.inputs[name], magnitudes.weights[name]
-    x_max = np.asarray(stats.absmax, dtype=np.float32)
+    consumers = [magnitudes.weights[consumer].channel_absmax for consumer in group.consumers]
     return Maps(
         name=name,
-        x=_map(stats.map, float(x_max.max(initial=0.0))),
-        w=_map(weights.map, float(np.asarray(weights.channel_absmax).max(initial=0.0))),
-        x_max=x_max,
-        w_max=np.asarray(magnitudes.fold_weight_absmax(name), dtype=np.float32),
+        x=_map(stats.map, float(stats.absmax.max())),
+        w=_map(weights.map, float(weights.channel_absmax.max())),
+        x_max=np.asarray(stats.absmax, dtype=np.float32),
+        w_max=np.asarray(torch.stack(consumers).amax(0), dtype=np.float32),
         tokens=tuple(magnitudes.token_texts),
-        x_total=min(int(magnitudes.length), len(magnitudes.tokens)),
+        x_total=min(magnitudes.length, len(magnitudes.tokens)),
         w_total=len(weights.out_absmax),
+        one_scale=stats.expert_absmax is None,
     )
-
-
-def resolve(magnitudes: Any, name: str | int) -> str:
-    """The linear meant by a name, or by the number of a block (its linear with the largest input).
-
-    Raises:
-        NoSuchLayer: nothing was captured under that name.
-    """
-    from difflib import get_close_matches
-
-    from sqviz.errors import NoSuchLayer
-
-    if isinstance(name, int):
-        found = [group for group in magnitudes.groups if group.block == name]
-        if found:
-            peaks = [float(magnitudes.inputs[group.consumers[0]].absmax.max()) for group in found]
-            return str(found[int(np.argmax(peaks))].consumers[0])
-        blocks = sorted({group.block for group in magnitudes.groups})
-        raise NoSuchLayer(f"no block {name} was captured; there are blocks {blocks[0]} to {blocks[-1]}")
-    if name in magnitudes.inputs:
-        return name
-    near = get_close_matches(name, list(magnitudes.inputs), n=3, cutoff=0.3)
-    raise NoSuchLayer(f"no linear {name!r} was captured; did you mean {' or '.join(map(repr, near))}? See .names")
 
 
 class HeatmapView(View):
     """|X| over token × channel, |W| over output × channel; see `Magnitudes.heatmap`.
 
-    The traits `operand` ("x" or "w"), `smoothed`, `alpha`, `log_colours`, `clip` and `palette` ("viridis" or "cividis") are the
-    state of the controls: set them from Python and the picture follows; it works the other way round as well.
+    The traits `operand` ("x" or "w"), `smoothed`, `alpha`, `log_colours`, `clip` and `palette` ("viridis" or "cividis")
+    are the state of the controls: set them from Python and the picture follows; it works the other way round as well.
     """
 
     _scripts = (*SCRIPTS, "heatmap.js")
@@ -152,12 +132,12 @@ class HeatmapView(View):
         super().__init__(title=f"{maps.name}: input and weight magnitudes", **pack(maps, model), **state)
 
     @classmethod
-    def of(cls, magnitudes: Any, name: str | int, **state: Any) -> "HeatmapView":
+    def of(cls, magnitudes: Magnitudes, name: str | int, **state: Any) -> "HeatmapView":
         """The heatmap of one linear of a capture.
 
         Args:
-            magnitudes: a `Magnitudes`.
-            name: the linear, or the number of a block: then its linear with the largest input.
+            magnitudes: the capture.
+            name: the linear, or as in `Magnitudes.heatmap`.
             state: initial values of the controls, such as `smoothed=True, alpha=0.8`.
 
         Raises:
@@ -200,7 +180,13 @@ def pack(maps: Maps, model: str = "") -> dict[str, Any]:
     packed: dict[str, Any] = {"x_max": float32_bytes(maps.x_max), "w_max": float32_bytes(maps.w_max)}
     packed["tokens"] = list(maps.tokens)
     parts = []
-    meta: dict[str, Any] = {"name": maps.name, "columns": len(maps.x_max), "x": None, "w": None}
+    meta: dict[str, Any] = {
+        "name": maps.name,
+        "columns": len(maps.x_max),
+        "smooths": maps.one_scale,
+        "x": None,
+        "w": None,
+    }
     for key, values, units, total in (
         ("x", maps.x, maps.x_units, maps.x_total),
         ("w", maps.w, maps.w_units, maps.w_total),

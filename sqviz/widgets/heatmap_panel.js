@@ -2,7 +2,7 @@
 // Needs draw.js, smoothing_formula.js, cells.js.
 //
 //   makeHeatmap(parent, tooltip, data, state, changed) -> {update(state), cells, stop()}
-//     data   {name, columns, x, w, xMax, wMax, tokens}; x and w: {codes, rows, range, units, total} or null;
+//     data   {name, columns, smooths, x, w, xMax, wMax, tokens}; x and w: {codes, rows, range, units, total} or null;
 //            units: tokens (outputs) per row, total: tokens (outputs) in all; xMax, wMax: Float32Array [column]
 //     state  {operand "x"|"w", smoothed, alpha, log_colours, clip, palette}
 //     changed(changes)  called with what the user has changed; answer by update()
@@ -30,8 +30,8 @@ function makeHeatmap(parent, tooltip, data, state, changed) {
     const part = data[operand];
     const sign = operand === "x" ? -1 : 1;
     const s = smoothingScale(xLog, wLog, state.alpha);
-    const shifts = state.smoothed ? Float32Array.from(s, (value) => sign * Math.log10(value)) : null;
-    const symbol = operandSymbol(operand, state.smoothed);
+    const shifts = state.smoothed && data.smooths ? Float32Array.from(s, (value) => sign * Math.log10(value)) : null;
+    const symbol = operandSymbol(operand, shifts);
     const scale = colourScale(part.range, spread[operand], operand === "x" ? data.xMax : data.wMax, shifts, state);
     const changes = { shifts, ...scale, log: state.log_colours, map: state.palette, barLabel: symbol, rowUnits: part.units };
     if (operand !== shown) Object.assign(changes, { codes: part.codes, rows: part.rows, columns: data.columns, range: part.range });
@@ -80,10 +80,10 @@ function describeCell({ row, column, value, error, count }, data, { operand, smo
   const most = operand === "x" ? data.xMax[column] : data.wMax[column];
   lines.push(`channel ${column} (its max ${operandSymbol(operand, false)}: ${number(most)})`);
   if (operand === "x") {
-    const words = data.tokens.slice(from, to + 1).map((text) => JSON.stringify(text)).join(" ");
+    const words = data.tokens.slice(from, to + 1).map((text) => `“${text}”`).join(" ");
     lines.push(`token ${range}${words ? `: ${words}` : ""}`);
   } else lines.push(`output feature ${range}`);
-  if (to > from) lines.push(`largest of the ${to - from + 1} ${operand === "x" ? "tokens" : "features"} in this row`);
+  if (to > from) lines.push(`a row is the maximum over ${part.units} ${operand === "x" ? "tokens" : "features"}`);
   if (count > 1) lines.push(`largest of the ${count} cells under the pointer; zoom in for each`);
   return lines;
 }
@@ -93,7 +93,7 @@ function heatmapControls(bar, data, state, changed) {
     .filter(([key]) => data[key])
     .map(([key, text, title]) => [key, addButton(bar, text, title, () => changed({ operand: key }))]);
   let smooth = null, slider = null, shown = null;
-  if (data.x && data.w) {
+  if (data.smooths) {
     smooth = addToggle(bar, "Smooth", "Divide X and multiply W by s(α), channel by channel", state.smoothed, (on) => changed({ smoothed: on }));
     const field = Object.assign(document.createElement("label"), { className: "sqviz-field", textContent: "α" });
     slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 1, step: 0.01 });

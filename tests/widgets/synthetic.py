@@ -1,38 +1,20 @@
 """A small capture made of random numbers, with outlier channels planted, for the tests of the views."""
 
-import dataclasses
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
+import torch
+
+from sqviz.observe.magnitudes import QUANTILES, GroupInfo, InputStats, Magnitudes, TopToken, WeightStats
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-WORDS = (" the", " people", " of", "\n", " “union”", " and", ".", " <b>", "Ġ", " state")
-
-
-@dataclasses.dataclass
-class Synthetic:
-    """The fields of `Magnitudes` that the views read."""
-
-    inputs: dict[str, Any]
-    weights: dict[str, Any]
-    groups: tuple[Any, ...]
-    tokens: np.ndarray
-    length: int
-    token_texts: tuple[str, ...]
-    model: str = "synthetic"
-    scales: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def fold_weight_absmax(self, name: str) -> np.ndarray:
-        group = next(g for g in self.groups if name in g.consumers)
-        return np.max([self.weights[consumer].channel_absmax for consumer in group.consumers], axis=0)
+WORDS = ("·the", "·people", "·of", "↵", "·“union”", "·and", ".", "·<b>", "</script>", "·state")
 
 
 def magnitudes(
     blocks: int = 3, channels: int = 96, length: int = 64, bins: int = 32, outs: int = 80, outlier: float = 300.0
-) -> Synthetic:
-    """`blocks` × 4 groups; channel 7 peaks at `outlier` · (1 + block) on token 1, channel 41 at half of it."""
+) -> Magnitudes:
+    """`blocks` × 4 groups; channel 7 peaks at `outlier` · (1 + block) on token 1, 41 at half of it, 3 is dead."""
     random = np.random.default_rng(0)
     inputs, weights, groups = {}, {}, []
     texts = tuple(WORDS[i % len(WORDS)] for i in range(length))
@@ -40,45 +22,44 @@ def magnitudes(
         for kind in KINDS:
             name = f"model.layers.{block}.{kind}"
             width = channels * 2 if kind == "mlp.down_proj" else channels
-            inputs[name] = _input(random, width, length, bins, outlier * (1 + block), texts)
+            stats = _input(random, width, length, bins, outlier * (1 + block), texts)
             consumers = [name.replace("q_proj", f"{k}_proj") for k in "qkv"] if kind.endswith("q_proj") else [name]
             for consumer in consumers:
-                inputs[consumer] = inputs[name]
+                inputs[consumer] = stats
                 weights[consumer] = _weight(random, width, outs)
-            fields = {"name": name, "block": block, "kind": kind, "consumers": tuple(consumers)}
-            groups.append(SimpleNamespace(**fields, fold_kind="norm", reason=""))
-    return Synthetic(inputs, weights, tuple(groups), np.arange(length), length, texts)
+            fold = "linear" if kind in ("self_attn.o_proj", "mlp.down_proj") else "norm"
+            groups.append(GroupInfo(name, block, kind, tuple(consumers), fold))
+    return Magnitudes(inputs, weights, tuple(groups), torch.arange(length), length, texts, "synthetic")
 
 
-def _pool(values: np.ndarray, bins: int) -> np.ndarray:
+def _pool(values: np.ndarray, bins: int) -> torch.Tensor:
     size = math.ceil(len(values) / bins)
-    return np.stack([values[i : i + size].max(0) for i in range(0, len(values), size)])
+    return torch.from_numpy(np.stack([values[i : i + size].max(0) for i in range(0, len(values), size)])).half()
 
 
-def _input(random: Any, width: int, length: int, bins: int, outlier: float, texts: tuple[str, ...]) -> Any:
+def _input(
+    random: np.random.Generator, width: int, length: int, bins: int, outlier: float, texts: tuple[str, ...]
+) -> InputStats:
     x = np.abs(random.standard_normal((length, width))).astype(np.float32)
     x[:, 7] *= outlier / 20
     x[:, 41] *= outlier / 40
     x[1, 7], x[1, 41] = outlier, outlier / 2
-    x[:, 3] = 0  # a dead channel
-    order = np.argsort(-x.max(1))[:16]
-    top = tuple(
-        SimpleNamespace(
-            value=float(x[t].max()), channel=int(x[t].argmax()), token=int(t), text=texts[t], position=int(t)
-        )
-        for t in order
-    )
-    return SimpleNamespace(
-        absmax=x.max(0),
-        quantiles=np.quantile(x, (0.5, 0.9, 0.99, 0.999, 0.9999), axis=0).astype(np.float32),
-        token_absmax=x.max(1),
-        channel_token=np.where(x.max(0) > 0, x.argmax(0), -1).astype(np.int32),
-        top=top,
-        map=_pool(x, bins).astype(np.float16),
-        exact=x,
+    x[:, 3] = 0
+    order = [int(token) for token in np.argsort(-x.max(1))[:16]]
+    absmax = torch.from_numpy(x.max(0))
+    return InputStats(
+        minimum=-absmax,
+        maximum=absmax,
+        mean=torch.from_numpy(x.mean(0)),
+        quantiles=torch.from_numpy(np.quantile(x, QUANTILES, axis=0).astype(np.float32)),
+        tensor_quantiles=torch.from_numpy(np.quantile(x, QUANTILES).astype(np.float32)),
+        token_absmax=torch.from_numpy(x.max(1)),
+        channel_token=torch.from_numpy(np.where(x.max(0) > 0, x.argmax(0), -1).astype(np.int32)),
+        top=tuple(TopToken(float(x[t].max()), int(x[t].argmax()), t, texts[t], t) for t in order),
+        map=_pool(x, bins),
     )
 
 
-def _weight(random: Any, width: int, outs: int) -> Any:
+def _weight(random: np.random.Generator, width: int, outs: int) -> WeightStats:
     w = np.abs(random.standard_normal((outs, width))).astype(np.float32) * 0.04
-    return SimpleNamespace(channel_absmax=w.max(0), out_absmax=w.max(1), map=_pool(w, 128).astype(np.float16))
+    return WeightStats(torch.from_numpy(w.max(0)), torch.from_numpy(w.max(1)), _pool(w, 128))
