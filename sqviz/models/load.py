@@ -9,6 +9,7 @@ import copy
 import gc
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _from_file(path: Path, device: torch.device, dtype: torch.dtype | None) -> L
             model, tokenizer = convert.read_gguf(path, dtype or torch.float32)
         except UnknownArchitecture:
             raise
-        except (ValueError, KeyError, IndexError, OSError) as error:
+        except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
             raise SqvizError(
                 f"cannot read {str(path)!r} as GGUF ({error}). Is it complete? Compare its length and checksum with "
                 "those where it came from"
@@ -173,13 +174,13 @@ def _build(
     weights: dict[str, torch.Tensor] | None = None,
 ) -> LM:
     """Look the architecture up, then read the weights. `with_tokenizer=None`: try, a hub repository may have none."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
     config.architectures = [convert.class_name(config) or f"{config.model_type} (no causal language model)"]
     arch = arch_of(config)
     options: dict[str, Any] = {"config": config, "dtype": _checkpoint_dtype(config, device, dtype)}
     if weights is not None:
-        model = AutoModelForCausalLM.from_pretrained(None, state_dict=weights, **options)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **options)
     model.config._name_or_path = name
