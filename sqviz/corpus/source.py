@@ -175,7 +175,7 @@ def _pieces(file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8-sig") as lines:
             while block := lines.read(PIECE_CHARACTERS):
                 waiting += block
-                cut = waiting.rfind(JOINT, PIECE_CHARACTERS)
+                cut = waiting.rfind(JOINT, PIECE_CHARACTERS, len(waiting) - 1)  # something has to follow
                 if cut >= 0:
                     yield waiting[:cut]
                     waiting = waiting[cut + len(JOINT) :]
