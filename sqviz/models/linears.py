@@ -147,6 +147,18 @@ def experts(lm: LM | nn.Module, name: str) -> int:
     return stored.shape[0] if stored.ndim == 3 else 0
 
 
+def folded_scales(lm: LM) -> dict[str, Float[Tensor, "*expert channel"]]:
+    """`lm.scales` as far as they show in what arrives at each linear: without the s that it divides by itself, online.
+
+    For statistics of inputs seen from outside: X as seen · folded_scales = X of the model that was never smoothed.
+    """
+    found = {}
+    for name, s in lm.scales.items():
+        online = getattr(holder(lm.model, name)[0], "input_scale", None)
+        found[name] = s if online is None else s / online.to(s)
+    return found
+
+
 def set_weight(model: nn.Module, name: str, new: Float[Tensor, "out channel"]) -> None:
     """Give the linear `name` of a shared copy (`models.lm.share`) a new weight, stored as the old one was.
 
