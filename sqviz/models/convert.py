@@ -11,15 +11,16 @@ import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 STEPS = ("reading the tokenizer", "reading the weights", "writing safetensors", "done")
 
 
-def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """The model and tokenizer in a GGUF file, through transformers; the model no longer counts as quantised.
+def read_gguf(path: Path, dtype: "torch.dtype | None" = None) -> tuple[Any, Any]:
+    """The model (float32 unless said) and tokenizer in a GGUF file; the model no longer counts as quantised.
 
     The architecture is looked up before the weights are read.
 
@@ -64,8 +65,9 @@ def gguf_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def gguf_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in a GGUF file, dequantised to `dtype`, in eval mode."""
+def gguf_model(path: Path, dtype: "torch.dtype | None" = None) -> Any:
+    """The model in a GGUF file, dequantised to `dtype` (float32 unless said), in eval mode."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sqviz.models.arch import arch_of
@@ -73,7 +75,7 @@ def gguf_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     config.architectures = [class_name(config)]
     arch_of(config)
-    model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype or torch.float32)
     model.config.architectures = config.architectures
     for holder, names in ((model.config, ("quantization_config", "_is_quantized")), (model, ("hf_quantizer",))):
         for name in names:

