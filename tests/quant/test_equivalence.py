@@ -121,11 +121,12 @@ def test_online_scaling_keeps_logits_names_and_smooths(name: str, kind: str, rec
 def test_online_scaling_adds_up(record):
     lm = tiny("Olmo2ForCausalLM")
     magnitudes = record(lm)
-    once = smooth(lm, magnitudes, 0.5, online=True)
+    once, directly = smooth(lm, magnitudes, 0.5, online=True), smooth(lm, magnitudes, 0.9, online=True)
     for again in (smooth(once, magnitudes, 0.9, online=True), smooth(once, record(once), 0.9, online=True)):
         name = "model.layers.1.mlp.up_proj"
         assert check_equivalence(lm, again, tolerance=1e-5) > 0
         torch.testing.assert_close(again.model.get_submodule(name).input_scale, again.scales[name])
+        torch.testing.assert_close(again.scales[name], directly.scales[name])
         assert not torch.allclose(again.scales[name], once.scales[name], rtol=0.05)
 
 
