@@ -140,7 +140,10 @@ def _page_links(markdown: str, siblings: set[str]) -> str:
 
 def with_mathml(markdown: str) -> str:
     """$…$ and $$…$$ outside of code as MathML, which browsers draw by themselves."""
-    from latex2mathml.converter import convert
+    try:
+        from latex2mathml.converter import convert
+    except ModuleNotFoundError as error:
+        raise SqvizError("formulas need latex2mathml: pip install latex2mathml, or sqviz with its extra `dev`") from error
 
     def draw(match: re.Match[str]) -> str:
         return convert(match["block"] or match["inline"], display="block" if match["block"] else "inline")
