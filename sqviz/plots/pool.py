@@ -1,7 +1,12 @@
 """Shrink before drawing: maxima over blocks of cells, so that no outlier is lost."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+
+
+def block_starts(size: int, limit: int) -> Int[np.ndarray, " block"]:
+    """Where the blocks of `max_pool` begin along an axis: at most `limit` blocks that cover it."""
+    return np.arange(limit) * size // limit if size > limit else np.arange(size)
 
 
 def max_pool(
@@ -9,10 +14,8 @@ def max_pool(
 ) -> Float[np.ndarray, "pooled_row pooled_column"]:
     """Maxima over blocks, to at most `rows` × `columns`; every cell is in exactly one block, so no outlier is lost."""
     for axis, limit in ((0, rows), (1, columns)):
-        size = values.shape[axis]
-        if size > limit:
-            starts = np.arange(limit) * size // limit
-            values = np.maximum.reduceat(values, starts, axis=axis)
+        if values.shape[axis] > limit:
+            values = np.maximum.reduceat(values, block_starts(values.shape[axis], limit), axis=axis)
     return values
 
 

@@ -45,7 +45,7 @@ function layOut(groups, sort, width) {
     return { tiles, headers, numbers, height: 26 + perRun * step };
   }
   const order = { absmax: (a, b) => b.absmax - a.absmax, ratio: (a, b) => b.ratio - a.ratio, name: (a, b) => a.name.localeCompare(b.name, "en", { numeric: true }) };
-  const columns = Math.max(1, Math.floor((width - 8) / 140));
+  const columns = Math.max(1, Math.floor((width - 8) / 165));
   const tileWidth = (width - 16) / columns;
   const tiles = [...groups].sort(order[sort]).map((group, i) => ({
     group, x: 8 + (i % columns) * tileWidth, y: 4 + Math.floor(i / columns) * step, width: tileWidth - 8,
@@ -88,7 +88,8 @@ function drawOverview(context, { tiles, headers, numbers }, scale, chosen, colou
       const room = width - context.measureText(value).width - 6;
       context.textAlign = "left";
       context.fillStyle = colours.dim;
-      context.fillText(fitText(context, label, room), x, y + LABEL / 2);
+      const short = `${group.block} · ${group.kind.slice(group.kind.lastIndexOf(".") + 1)}`;
+      context.fillText(context.measureText(label).width <= room ? label : fitText(context, short, room), x, y + LABEL / 2);
     }
     if (tile === chosen) {
       context.strokeStyle = colours.accent;

@@ -14,9 +14,9 @@ import torch
 import traitlets
 
 from sqviz.observe.magnitudes import GroupInfo, Magnitudes
-from sqviz.plots.pool import max_runs
+from sqviz.plots.pool import max_pool, max_runs
 from sqviz.widgets.heatmap import SCRIPTS, maps_of, pack
-from sqviz.widgets.still import BLUE, DIM, FAINT, ORANGE, Axis, Box, Still, number
+from sqviz.widgets.still import BLUE, DIM, FAINT, INK, ORANGE, Axis, Box, Still, number, rgb
 from sqviz.widgets.view import View, float32_bytes
 
 PAGE_MAP_BYTES = 8_000_000
@@ -92,7 +92,7 @@ class OutliersView(View):
         blocks = sorted({group.block for group in groups})
         fold = max(1, min(4, 8 // max(1, len(kinds)), math.ceil(len(blocks) / 4)))  # runs of blocks side by side
         per_run = math.ceil(len(blocks) / fold)
-        width, height = 880, 86 + per_run * 40
+        width, height = 880, 78 + per_run * 46
         note = f"log scale, shared · orange: channels above {OUTLIER_RATIO:.0f} × their layer's median (line)"
         picture = Still(width, height, self.title, note)
         lo, hi = self.meta["scale"]
@@ -107,26 +107,28 @@ class OutliersView(View):
         for group in groups:
             at = blocks.index(group.block)
             x = 12 + at // per_run * run_width
-            y = 66 + at % per_run * 40
-            picture.text(x + 20, y + 17, str(group.block), size=10, colour=DIM, anchor="rm")
-            box = Box(x + 26 + kinds.index(group.kind) * tile, y, tile - 8, 34)
+            y = 64 + at % per_run * 46
+            picture.text(x + 20, y + 28, str(group.block), size=10, colour=DIM, anchor="rm")
+            box = Box(x + 26 + kinds.index(group.kind) * tile, y + 12, tile - 8, 30)
             _draw_tile(picture, box, axis, np.asarray(self.magnitudes.inputs[group.name].absmax))
         return picture
 
 
 def _draw_tile(picture: Still, box: Box, axis: Axis, absmax: np.ndarray) -> None:
+    """Bars of channel maxima, max-pooled to pixels, the median as a line, and the largest in figures."""
     median = float(np.median(absmax))
-    bottom = box.y + box.height
-    pixels = max(1, int(box.width * 2))
-    starts = np.unique(np.arange(pixels) * len(absmax) // pixels)
-    for start, peak in zip(starts, np.maximum.reduceat(absmax, starts), strict=True):
-        x = box.x + start / len(absmax) * box.width
-        colour = ORANGE if median > 0 and peak > OUTLIER_RATIO * median else BLUE
-        picture.line([(x, bottom), (x, bottom - box.height * axis.fraction(float(peak)))], colour=colour, width=0.5)
-    picture.line([(box.x, bottom), (box.x + box.width, bottom)], colour=FAINT)
-    level = bottom - box.height * axis.fraction(median)
-    picture.line([(box.x, level), (box.x + box.width, level)], colour=DIM, width=0.5)
-    picture.text(box.x + box.width, box.y, number(float(absmax.max())), size=9, anchor="ra")
+    width, height = min(len(absmax), round(2 * box.width)), round(2 * box.height)
+    peaks = max_pool(absmax[None], 1, width)[0]
+    tall = np.array([axis.fraction(float(peak)) for peak in peaks]) * height  # [pixel]
+    filled = np.arange(height, 0, -1)[:, None] <= tall  # [row pixel], row 0 on top
+    outlying = (median > 0) & (peaks > OUTLIER_RATIO * median)
+    raster = np.full((height, width, 3), 255, np.uint8)
+    raster[filled] = rgb(BLUE)
+    raster[filled & outlying] = rgb(ORANGE)
+    raster[height - 1 - min(height - 1, int(axis.fraction(median) * height))] = rgb(INK)
+    picture.pixels(box, raster)
+    picture.line([(box.x, box.y + box.height), (box.x + box.width, box.y + box.height)], colour=FAINT)
+    picture.text(box.x + box.width, box.y - 2, number(float(absmax.max())), size=9, anchor="rs")
 
 
 def _weight_max(magnitudes: Magnitudes, group: GroupInfo) -> np.ndarray:

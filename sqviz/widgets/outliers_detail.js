@@ -2,7 +2,7 @@
 // a map. Needs draw.js and heatmap_panel.js.
 //
 //   openDetail(parent, tooltip, group, state, {close, step}) -> {setMaps(details), focus(), stop()}
-//     group  {name, title, kind, block, channels, ratio, fold, reason, smooths, top, xMax, wMax, tokenOf, tokens, median, scale}
+//     group  {name, title, kind, block, channels, ratio, fold, reason, smooths, top, xMax, wMax, tokenOf, tokens, median}
 //     close() and step(±1) are called by the buttons and keys: back to the overview, the layer before or after
 
 const OUTLIER_RATIO = 10; // as in outliers.py
@@ -73,7 +73,8 @@ function tokenText(group, channel) {
 }
 
 function maximaPlot(parent, tooltip, group) {
-  const { xMax, median, scale } = group;
+  const { xMax, median } = group;
+  const scale = ownScale(group);
   let [box, cursor] = [null, -1];
   const draw = (context, width, height, colours) => {
     box = { x: 64, y: 10, width: width - 64 - 14, height: height - 10 - 48 };
@@ -84,9 +85,10 @@ function maximaPlot(parent, tooltip, group) {
     context.textAlign = "right";
     context.textBaseline = "bottom";
     if (median > 0) {
-      const at = [box.x + box.width, box.y + box.height * (1 - y.at(median)) - 2];
+      const at = [box.x + box.width, box.y + box.height * (1 - y.at(median)) - 5];
       context.strokeStyle = colours.paper;
       context.lineWidth = 4;
+      context.lineJoin = "round";
       context.strokeText("median", ...at); // a halo: the bars run behind the word
       context.fillText("median", ...at);
     }
@@ -123,6 +125,14 @@ function maximaPlot(parent, tooltip, group) {
     point(cursor < 0 ? xMax.indexOf(Math.max(...xMax)) : Math.min(xMax.length - 1, Math.max(0, cursor + move)));
   });
   return surface;
+}
+
+// From the power of ten below nearly all channels to the largest.
+function ownScale({ xMax }) {
+  const alive = xMax.filter((value) => value > 0).sort();
+  if (!alive.length) return [0.1, 1];
+  const low = Math.min(alive[Math.floor(alive.length * 0.02)], alive.at(-1) / 10);
+  return [10 ** Math.floor(Math.log10(low)), alive.at(-1)];
 }
 
 // Bars of channel maxima, max-pooled to device pixels; outliers in the second colour, the median as a line.

@@ -44,6 +44,11 @@ def colour_map(name: str = "viridis") -> UInt8[np.ndarray, "256 3"]:
     return np.stack(colours, 1).round().astype(np.uint8)
 
 
+def rgb(colour: str) -> tuple[int, int, int]:
+    """A colour such as "#0072b2" as three numbers."""
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
 @cache
 def _font(size: float) -> tuple[Any, bool]:
     """A font of that size in points, and whether it has Greek and mathematical signs."""

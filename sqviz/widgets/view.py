@@ -120,8 +120,10 @@ def script_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
-def build_page(title: str, script: str, style: str, state: Mapping[str, Any], head: str = "") -> str:
-    """The exported page: `script` is a view's module, `state` its traits; `head` goes in as it is (say, plotly.js)."""
+def build_page(
+    title: str, script: str, style: str, state: Mapping[str, Any], *, head: str = "", above: str = ""
+) -> str:
+    """The exported page: `script` is a view's module, `state` its traits; `head` and `above` it go in as they are."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -136,6 +138,7 @@ def build_page(title: str, script: str, style: str, state: Mapping[str, Any], he
 {head}
 </head>
 <body>
+{above}
 <main id="view"></main>
 <script type="application/json" id="state">{script_json(_plain(state))}</script>
 <script type="application/json" id="module">{script_json(script)}</script>
