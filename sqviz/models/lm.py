@@ -75,7 +75,8 @@ def share(model: nn.Module) -> nn.Module:
     """A copy of the module tree whose parameters and buffers are the same tensors as the original's.
 
     Tied weights stay tied. Hooks of the original are not carried over. Replace what has to change in the copy
-    (`module.weight = nn.Parameter(...)`); never write into a tensor in place.
+    (`module.weight = nn.Parameter(...)`); never write into a tensor in place, and never `.to(dtype)` the copy: torch
+    does that in place, to the original's tensors.
     """
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
