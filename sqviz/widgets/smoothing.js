@@ -184,7 +184,7 @@ function addTopBar(bar, page) {
     onAlpha(alpha, false, null);
     refresh();
   });
-  addButton(bar, "Copy code", "The calls that reproduce this state", (event) => copyCode(event.currentTarget, root, codeOf(model, store)));
+  addButton(bar, "Copy code", "The calls that reproduce this state", (event) => copyCode(event.currentTarget, root, codeText(model, store)));
   addButton(bar, "PNG", "Save a picture of this view", () => savePicture(composePicture(page), `smoothing-${store.linear}-alpha-${store.alpha.toFixed(2)}`));
   if (live) addButton(bar, "HTML", "Save a page that works without a kernel", () => model.send({ kind: "export" }));
   model.on("msg:custom", (message, buffers) => {
@@ -196,7 +196,7 @@ function addTopBar(bar, page) {
   addToggle(bar, "?", "What everything here means", false, (on) => (help.hidden = !on)).setAttribute("aria-label", "Help");
 }
 
-const codeOf = (model, store) => model.get("code").replace("{alpha}", String(store.alpha));
+const codeText = (model, store) => model.get("code").replace("{alpha}", String(store.alpha));
 
 async function copyCode(button, root, code) {
   let box = root.querySelector(".sm-code");

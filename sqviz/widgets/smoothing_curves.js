@@ -9,7 +9,10 @@ function makeMarker(panel) {
   const line = Object.assign(document.createElement("div"), { className: "sm-alpha" });
   panel.canvas.parentElement.append(line);
   return (store) => {
-    if (panel.box) line.style.transform = `translateX(${panel.box.x + store.alpha * panel.box.width}px)`;
+    const { box } = panel;
+    if (!box) return;
+    line.style.transform = `translate(${box.x + store.alpha * box.width}px, ${box.y}px)`;
+    line.style.height = `${box.height}px`;
   };
 }
 
@@ -149,7 +152,7 @@ function makeStripPanel(parent, store, facts) {
       const sweeps = rows.map((row) => store.sweepOf(row.name));
       const known = sweeps.flatMap((sweep) => (sweep ? [...sweep.subarray(0, alphas.length)].filter(usable) : []));
       const [lo, hi] = known.length ? [Math.min(...known), Math.max(...known)] : [0.01, 1];
-      const axis = logAxis(100 * lo, 100 * Math.max(hi, lo * 1.5)), nothing = cssPixel(theme.dark ? "#1c1c1c" : "#f3f3f3");
+      const axis = logAxis(100 * lo, 100 * Math.max(hi, lo * 1.5)), nothing = cssPixel(lostColour(theme));
       const pixels = raster.fit(alphas.length, rows.length);
       sweeps.forEach((sweep, r) => alphas.forEach((_, k) => {
         const error = sweep ? sweep[k] : NaN;
@@ -178,7 +181,7 @@ function makeStripPanel(parent, store, facts) {
       context.lineWidth = 2;
       if (here >= 0) context.strokeRect(box.x - 1, box.y + here * tall - 1, box.width + 2, tall + 2);
       drawStripAxes(context, box, rows, tall, theme, width);
-      drawColourBar(context, { x: box.x + box.width - 120, y: height - 22, width: 108, height: 7 }, axis, lut, "error, %", theme);
+      drawColourBar(context, { x: box.x + box.width - 120, y: height - 22, width: 108, height: 7 }, { ...axis, ticks: () => [axis.lo, Math.sqrt(axis.lo * axis.hi), axis.hi] }, lut, "error, %", theme);
       const done = sweeps.filter((sweep) => sweep && !Number.isNaN(sweep[0])).length;
       facts.textContent = done < rows.length ? `${done} of ${rows.length} layers swept` : "○ smallest error of each layer";
       panel.placeMarker?.(store);
@@ -214,6 +217,4 @@ function drawStripAxes(context, box, rows, tall, theme, width) {
   context.textBaseline = "top";
   context.textAlign = "center";
   for (const tick of [0, 0.2, 0.4, 0.6, 0.8, 1]) context.fillText(number(tick), box.x + box.width * tick, box.y + box.height + 5);
-  context.textAlign = "left";
-  context.fillText("α", box.x, box.y + box.height + 24);
 }

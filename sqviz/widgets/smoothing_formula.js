@@ -81,22 +81,22 @@ const shiftCells = (codes, rows, channels, shifts, columns, out, rowMax) => {
   }
 };
 
-// Colours shifted cells: `top` is the code painted with the last colour, `span` codes below it the first. What lies below
-// its floor (half a quantisation step) rounds to 0 and is painted `lost`; the floor of cell (r, p) is
+// Colours shifted cells by how far they lie above their floor, half a quantisation step: `span` codes above it, where the
+// largest integer is, is the last colour. What lies below rounds to 0 and is painted `lost`. The floor of cell (r, p) is
 // floor[r·stride + part[p]]. Returns how many cells are lost.
-const paintCells = (cells, rows, columns, { floor, stride, part }, top, span, lut, lost, out) => {
+const paintCells = (cells, rows, columns, { floor, stride, part }, span, lut, lost, out) => {
   const unit = 255 / span;
   let count = 0;
   for (let r = 0, i = 0; r < rows; r++) {
     const base = r * stride;
     for (let p = 0; p < columns; p++, i++) {
-      const value = cells[i];
-      if (value < floor[base + part[p]]) {
+      const above = cells[i] - floor[base + part[p]];
+      if (above < 0) {
         out[i] = lost;
         count++;
       } else {
-        const level = (255.5 - (top - value) * unit) | 0;
-        out[i] = lut[level < 0 ? 0 : level > 255 ? 255 : level];
+        const level = (above * unit + 0.5) | 0;
+        out[i] = lut[level > 255 ? 255 : level];
       }
     }
   }

@@ -1,23 +1,22 @@
 // The channel side of the smoothing explorer: |X/s|, the channel maxima and |s·W|, one above the other over one channel
-// axis. A cell is coloured by its size next to the largest of the tensor, and left blank where it rounds to 0, that is,
-// below half of the quantisation step it gets under the present scheme: what is blank is what the integers do not hold.
+// axis. A cell's colour is the integer it becomes under the present scheme (its size in quantisation steps, log scale), and
+// blank is 0: the maps show what the integers hold. Not quantised: its size next to the largest, over three decades.
 
 const CHANNEL_SIDE = { left: 52, right: 12 };
-const COLOUR_DECADES = 3;
+const COLOUR_DECADES = 3; // where nothing is quantised
 const NO_FLOOR = DEAD + 1; // nothing but an exact zero lies below
 
 const groupSize = (word) => Number(/^per-group\((\d+)\)$/.exec(word)?.[1] ?? 0);
 
-// Half a step below the largest value that shares it: in codes, what to subtract from that value's code.
-const halfStep = (bits, range) => Math.log10(2 * (2 ** (bits - 1) - 1)) * codesPerDecade(range);
+// From the largest value that shares a step down to half that step, in codes.
+const halfStep = ({ word, bits }, range) => (word === "none" ? COLOUR_DECADES : Math.log10(2 * (2 ** (bits - 1) - 1))) * codesPerDecade(range);
 
 // Floors of shifted cells under a granularity: {floor: Float64Array, stride, part: Int32Array [column]}; the floor of cell
 // (r, p) is floor[r·stride + part[p]].
 function floorsOf(word, below, cells, rows, columns, rowMax, channelOf) {
   const one = new Int32Array(columns);
-  if (word === "none") return { floor: Float64Array.of(NO_FLOOR), stride: 0, part: one };
   if (word === "row") return { floor: Float64Array.from(rowMax, (most) => Math.max(NO_FLOOR, most - below)), stride: 1, part: one };
-  if (word === "tensor") return { floor: Float64Array.of(Math.max(NO_FLOOR, Math.max(...rowMax) - below)), stride: 0, part: one };
+  if (word === "tensor" || word === "none") return { floor: Float64Array.of(Math.max(NO_FLOOR, Math.max(...rowMax) - below)), stride: 0, part: one };
   const size = groupSize(word); // "column" otherwise
   const part = size ? Int32Array.from(channelOf, (j) => Math.floor(j / size)) : Int32Array.from(one, (_, p) => p);
   const stride = part.reduce((most, value) => Math.max(most, value), 0) + 1;
@@ -36,7 +35,7 @@ function makeMap() {
   let [pooled, source, cells, rowMax] = [null, null, new Int16Array(0), new Int16Array(0)];
   return {
     raster,
-    // Paints; returns {columns, rows, topCode, lost: share of cells that round to 0}.
+    // Paints; returns {columns, rows, lost: share of cells that round to 0}.
     shade(data, channels, order, shifts, limit, rounding, colours) {
       if (source !== data.codes || pooled.wanted !== limit.rows) {
         pooled = { ...poolRows(data.codes, data.rows, channels, limit.rows), wanted: limit.rows };
@@ -46,22 +45,44 @@ function makeMap() {
       if (cells.length !== rows * columns) cells = new Int16Array(rows * columns);
       if (rowMax.length !== rows) rowMax = new Int16Array(rows);
       shiftCells(pooled.codes, rows, channels, shifts, columns, cells, rowMax);
-      const topCode = Math.max(...rowMax);
       const channelOf = groupSize(rounding.word) ? Int32Array.from({ length: columns }, (_, p) => order[Math.floor(((p + 0.5) * channels) / columns)]) : null;
-      const floors = rounding.fixed ?? floorsOf(rounding.word, halfStep(rounding.bits, data.range), cells, rows, columns, rowMax, channelOf);
+      const floors = rounding.fixed ?? floorsOf(rounding.word, halfStep(rounding, data.range), cells, rows, columns, rowMax, channelOf);
       const pixels = raster.fit(columns, rows);
-      const lost = paintCells(cells, rows, columns, floors, topCode, COLOUR_DECADES * codesPerDecade(data.range), colours.lut, colours.lost, pixels);
-      return { columns, rows, topCode, lost: lost / (rows * columns) };
+      const nothing = rounding.word === "none" ? colours.lut[0] : colours.lost;
+      const lost = paintCells(cells, rows, columns, floors, halfStep(rounding, data.range), colours.lut, nothing, pixels);
+      return { columns, rows, lost: lost / (rows * columns) };
     },
   };
 }
 
+const lostColour = (theme) => (theme.dark ? "#242424" : "#eeeeee");
 const cssPixel = (colour) => {
   const probe = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
   probe.fillStyle = colour;
   probe.fillRect(0, 0, 1, 1);
   return new Uint32Array(probe.getImageData(0, 0, 1, 1).data.buffer)[0];
 };
+
+// The colours of a map, from 0 to the largest integer.
+function makeLegend(lut) {
+  const frame = element("span", "sm-legend"), zero = element("span", "sm-zero"), bar = Object.assign(document.createElement("canvas"), { width: 256, height: 1 });
+  const [least, most] = [element("span", ""), element("span", "")];
+  const image = bar.getContext("2d").createImageData(256, 1);
+  new Uint32Array(image.data.buffer).set(lut);
+  bar.getContext("2d").putImageData(image, 0, 0);
+  bar.setAttribute("aria-hidden", "true");
+  frame.append(zero, least, bar, most);
+  return {
+    frame,
+    update({ word, bits }, theme) {
+      zero.style.background = lostColour(theme);
+      zero.hidden = word === "none";
+      const top = 2 ** (bits - 1) - 1;
+      [least.textContent, most.textContent] = word === "none" ? ["1/1000", "largest"] : ["0   1", `${top}`];
+      frame.title = word === "none" ? "Size next to the largest, log scale" : `The integer a cell becomes, 0 to ${top}, log scale; the largest of what shares the cell`;
+    },
+  };
+}
 
 function heading(parent, title) {
   const line = Object.assign(document.createElement("div"), { className: "sm-heading" });
@@ -87,7 +108,8 @@ function makeMapPanel(parent, store, side) {
   const isX = side === "x";
   const facts = heading(parent, isX ? ["|X / s|", " activations in"] : ["|s · W|", " weights"]);
   const map = makeMap(), reference = makeMap();
-  const lut = lutOf("viridis");
+  const lut = lutOf("viridis"), legend = makeLegend(lut);
+  facts.before(legend.frame);
   let [shifts, colours, untouched] = [new Int16Array(0), null, {}];
 
   const rounding = (now) => {
@@ -97,7 +119,7 @@ function makeMapPanel(parent, store, side) {
     if (!store.scheme.static || activation !== "per-tensor") return { word, bits };
     // Static: the step comes from the calibration maxima, not from the tokens shown.
     const { range } = now.pack.x, most = now.xAfter.reduce((a, b) => Math.max(a, b), 0);
-    const floor = most > 0 ? Math.max(NO_FLOOR, codeOf(most, range) - halfStep(bits, range)) : NO_FLOOR;
+    const floor = most > 0 ? Math.max(NO_FLOOR, codeOf(most, range) - halfStep({ word, bits }, range)) : NO_FLOOR;
     return { word, bits, fixed: { floor: Float64Array.of(floor), stride: 0, part: new Int32Array(store.row.channels) } };
   };
   const lost = (now, data, limit) => {
@@ -120,18 +142,19 @@ function makeMapPanel(parent, store, side) {
       const box = { x: CHANNEL_SIDE.left, y: 4, width: width - CHANNEL_SIDE.left - CHANNEL_SIDE.right, height: height - (isX ? 8 : 42) };
       panel.box = box;
       if (!now) return;
-      if (colours?.theme !== theme) colours = { theme, lut, lost: cssPixel(theme.dark ? "#242424" : "#eeeeee") };
-      const data = isX ? now.pack.x : now.w, ratio = window.devicePixelRatio || 1;
+      if (colours?.theme !== theme) colours = { theme, lut, lost: cssPixel(lostColour(theme)) };
+      const data = isX ? now.pack.x : now.w, way = rounding(now), ratio = window.devicePixelRatio || 1;
       const limit = { columns: Math.max(1, Math.round(box.width * ratio)), rows: Math.max(1, Math.round(box.height * ratio)) };
       if (shifts.length !== now.s.length) shifts = new Int16Array(now.s.length);
       codeShifts(now.s, data.range, isX ? -1 : 1, shifts);
       const was = lost(now, data, limit);
-      const drawn = map.shade(data, now.pack.channels, now.pack.order, shifts, limit, rounding(now), colours);
+      legend.update(way, theme);
+      const drawn = map.shade(data, now.pack.channels, now.pack.order, shifts, limit, way, colours);
       map.raster.paint(context, box);
       panel.drawn = drawn;
       const most = (values) => number(values.reduce((a, b) => Math.max(a, b), 0));
       const [from, to] = isX ? [now.pack.x.absmax, now.xAfter] : [now.w.absmax, now.wAfter];
-      facts.textContent = `largest ${before(most(from), most(to))}  ·  rounds to 0: ${before(percent(was), percent(drawn.lost))}`;
+      facts.textContent = `largest ${before(most(from), most(to))}${way.word === "none" ? "" : `  ·  rounds to 0: ${before(percent(was), percent(drawn.lost))}`}`;
       drawMapAxes(context, box, theme, { isX, channels: now.pack.channels, rows: isX ? data.rows * now.pack.tokensPerRow : data.out, sorted: store.sorted });
     },
   });

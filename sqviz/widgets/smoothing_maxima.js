@@ -30,7 +30,7 @@ function maximaLimits({ pack, w }) {
 
 function makeMaximaPanel(parent, store) {
   const facts = heading(parent, ["Channel maxima"]);
-  facts.append(swatch("max |X/s|", 1), swatch("max |s·W|", 2), swatch("before", 1, true), swatch("", 2, true));
+  facts.append(swatch("max |X/s|", 1), swatch("max |s·W|", 2), swatch("", 1, true), swatch("before", 2, true));
   let limits = { key: "" };
   const trace = (context, box, y, values) => {
     const columns = values.length, width = box.width / columns, bottom = box.y + box.height;
@@ -47,9 +47,14 @@ function makeMaximaPanel(parent, store) {
     trace(context, box, y, values);
     context.lineTo(box.x + box.width, box.y + box.height);
     context.lineTo(box.x, box.y + box.height);
-    context.globalAlpha = dark ? 0.26 : 0.17;
+    context.globalAlpha = dark ? 0.14 : 0.09;
     context.fillStyle = colour;
     context.fill();
+    context.globalAlpha = dark ? 0.5 : 0.4;
+    context.strokeStyle = colour;
+    context.lineWidth = 1;
+    trace(context, box, y, values);
+    context.stroke();
     context.globalAlpha = 1;
   };
   // The silhouettes and the axis do not move with α: they are drawn once and copied.

@@ -6,6 +6,7 @@ The header holds plain values and, under "arrays", name → {kind, offset, count
 be put one after the other: an exported page carries several. `unpackAll` in smoothing_formula.js reads them.
 """
 
+import dataclasses
 import json
 import struct
 from collections.abc import Mapping
@@ -16,10 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sqviz.observe.magnitudes import GroupInfo, Magnitudes
+from sqviz.models.folds import producer_rows, tie
+from sqviz.models.linears import Group, experts, weight
+from sqviz.models.lm import LM
+from sqviz.observe.magnitudes import Magnitudes
 from sqviz.widgets.view import code_range, encode_log
 
-_KINDS = {np.dtype("uint8"): "u1", np.dtype("<f4"): "f4", np.dtype("<i4"): "i4"}
+_KINDS: dict[np.dtype, str] = {np.dtype("uint8"): "u1", np.dtype("<f4"): "f4", np.dtype("<i4"): "i4"}
 MAX_CELLS = 1_500_000
 """Cells of one map that the page scales and paints within a frame; above it, the map is pooled further along tokens."""
 
@@ -52,7 +56,7 @@ def unpack(data: bytes) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     while start < len(data):
         total, length = struct.unpack_from("<II", data, start)
         header = json.loads(data[start + 8 : start + 8 + length])
-        dtypes = {kind: dtype for dtype, kind in _KINDS.items()}
+        dtypes: dict[str, np.dtype] = {kind: dtype for dtype, kind in _KINDS.items()}
         arrays = {
             name: np.frombuffer(data, dtypes[entry["kind"]], entry["count"], start + entry["offset"])
             for name, entry in header.pop("arrays").items()
@@ -70,40 +74,105 @@ def pool_rows(values: Float[Tensor, "row channel"], rows: int) -> Float[Tensor, 
     return torch.stack([part.amax(0) for part in values.split(run)])
 
 
-def group_pack(magnitudes: Magnitudes, group: GroupInfo, *, max_rows: int = 512, weight_rows: int = 128) -> bytes:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vectors:
+    """The channel maxima of one group; of its busiest expert, where experts read inputs of their own.
+
+    Attributes:
+        x_absmax: [channel] max|X|.
+        s_x, s_w: [channel] what s is made from (thesis equation 3.4): max|X|, and max|W| over all consumers; both tied
+            among channels that one row of the producer feeds, as the fold ties them.
+        expert: which expert, or None.
+    """
+
+    x_absmax: Float[Tensor, " channel"]
+    s_x: Float[Tensor, " channel"]
+    s_w: Float[Tensor, " channel"]
+    expert: int | None = None
+
+
+def vectors(lm: LM, magnitudes: Magnitudes, group: Group) -> Vectors:
+    """The maxima from which a group's s is made, as `sqviz.smooth` would make it."""
+    x, w = magnitudes.absmax(group.name).float(), magnitudes.fold_weight_absmax(group.name).float()
+    s_x, s_w = x, w
+    if group.fold_kind == "linear":
+        rows = producer_rows(lm, group).cpu()
+        s_x, s_w = tie(x, rows), tie(w, rows)
+    if x.ndim == 1:
+        return Vectors(x, s_x, s_w)
+    tokens = magnitudes.inputs[group.name].expert_tokens
+    expert = int(tokens.argmax()) if tokens is not None else 0
+    return Vectors(x[expert], s_x[expert], s_w[expert], expert)
+
+
+def own_weight(lm: LM, name: str, expert: int | None) -> Float[Tensor, "out channel"]:
+    """The weight whose output the explorer shows: all of it, or one expert's."""
+    whole = weight(lm, name).detach()
+    return whole if expert is None else whole.unflatten(0, (experts(lm, name), -1))[expert]
+
+
+def weight_map(
+    lm: LM, magnitudes: Magnitudes, name: str, expert: int | None, rows: int
+) -> Float[Tensor, "bin channel"]:
+    """|W| max-pooled along out to at most `rows` rows; from the capture, or from the model where it was left out."""
+    held = magnitudes.weights[name].map
+    if len(held) == 0 or expert is not None:
+        return pool_rows(own_weight(lm, name, expert).abs().float().cpu(), rows)
+    return pool_rows(held.float(), rows)
+
+
+def group_pack(
+    lm: LM,
+    magnitudes: Magnitudes,
+    group: Group,
+    x_map: Float[Tensor, "bin channel"] | None = None,
+    *,
+    max_rows: int = 512,
+    weight_rows: int = 128,
+) -> bytes:
     """What the page needs of a group: |X| and, per consumer, |W| as log codes, and the exact channel maxima.
 
     Args:
-        magnitudes: the capture.
+        lm: the model.
+        magnitudes: its capture.
         group: one of its groups.
+        x_map: in place of the capture's map, where that was saved without.
         max_rows: rows of the |X| map at most; fewer where that makes more than MAX_CELLS cells.
         weight_rows: rows of each |W| map at most.
     """
-    stats = magnitudes.inputs[group.consumers[0]]
-    channels = stats.absmax.shape[0]
-    rows = max(1, min(max_rows, MAX_CELLS // channels))
-    x = pool_rows(stats.map.float(), rows).numpy()
-    run = -(-min(magnitudes.length, len(magnitudes.token_texts) or magnitudes.length) // max(x.shape[0], 1))
-    x_range = code_range(x)
+    found = vectors(lm, magnitudes, group)
+    channels = len(found.x_absmax)
+    most = max(1, MAX_CELLS // channels)
+    whole = magnitudes.inputs[group.name].map if x_map is None else x_map
+    x = pool_rows(whole.float(), min(max_rows, most)).numpy()
     arrays = {
-        "x_map": encode_log(x, *x_range),
-        "x_absmax": stats.absmax.numpy().astype("<f4"),
-        "fold_w_absmax": magnitudes.fold_weight_absmax(group.name).numpy().astype("<f4"),
+        "x_map": encode_log(x, *code_range(x)),
+        "x_absmax": found.x_absmax.numpy(),
+        "s_x": found.s_x.numpy(),
+        "s_w": found.s_w.numpy(),
     }
     consumers = []
     for index, name in enumerate(group.consumers):
-        weights = magnitudes.weights[name]
-        w = pool_rows(weights.map.float(), min(weight_rows, max(1, MAX_CELLS // channels))).numpy()
-        w_range = code_range(w)
-        arrays[f"w_map_{index}"] = encode_log(w, *w_range)
-        arrays[f"w_absmax_{index}"] = weights.channel_absmax.numpy().astype("<f4")
-        consumers.append({"name": name, "rows": w.shape[0], "range": w_range, "out": weights.out_absmax.shape[0]})
+        stats = magnitudes.weights[name]
+        w = weight_map(lm, magnitudes, name, found.expert, min(weight_rows, most)).numpy()
+        absmax = stats.channel_absmax
+        if found.expert is not None:
+            absmax = own_weight(lm, name, found.expert).abs().amax(0).float().cpu()
+        arrays |= {f"w_map_{index}": encode_log(w, *code_range(w)), f"w_absmax_{index}": absmax.numpy()}
+        consumers.append(
+            {"name": name, "rows": len(w), "range": code_range(w), "out": len(own_weight(lm, name, found.expert))}
+        )
+    run = -(-magnitudes.length // max(len(x), 1))
     header = {
         "group": group.name,
         "channels": channels,
-        "rows": x.shape[0],
-        "range": x_range,
+        "rows": len(x),
+        "range": code_range(x),
         "tokens_per_row": run,
+        "texts": list(magnitudes.token_texts[: magnitudes.length]),
+        "expert": found.expert,
         "consumers": consumers,
     }
-    return pack(header, arrays)
+    return pack(
+        header, {name: array.astype("<f4") if array.dtype != np.uint8 else array for name, array in arrays.items()}
+    )

@@ -6,14 +6,18 @@ A scheme crosses to the page as a dict of strings, numbers and booleans:
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from sqviz.errors import NoSuchLayer, SqvizError
-from sqviz.observe.magnitudes import GroupInfo, Magnitudes
+from sqviz.models.linears import linear_names
+from sqviz.models.lm import LM
+from sqviz.observe.magnitudes import QUANTILES, GroupInfo, Magnitudes
 from sqviz.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from sqviz.quant.plan import Folds
 from sqviz.quant.schemes import PRESETS, Scheme
 
 SLACK = 1.1
@@ -26,7 +30,6 @@ PRESET_LABELS = {
     "SMOOTHQUANT_LLAMA": "Llama recipe",
     "ZEROQUANT": "ZeroQuant",
 }
-FOLDS = ("norm", "all")
 _WORDS: dict[str, Granularity | None] = {
     "none": None,
     "per-tensor": PerTensor(),
@@ -35,22 +38,38 @@ _WORDS: dict[str, Granularity | None] = {
 }
 
 
-def check_alpha(alpha: Any) -> float:
-    """`alpha` as a float. Raises `SqvizError` outside [0, 1] or for what is no number."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:  # NaN compares False
-        raise SqvizError(
-            f"alpha={alpha!r}: a number from 0 (all difficulty stays in the activations) to 1 (all goes to the weights)."
-        )
-    return float(alpha)
-
-
-def check_folds(folds: Any) -> str:
+def check_folds(folds: Any) -> Folds:
     """`folds`, if it is one of the two words `sqviz.smooth` knows."""
-    if folds not in FOLDS:
+    if folds not in ("norm", "all"):
         raise SqvizError(
             f"folds={folds!r}: 'norm' (into norms only) or 'all' (also into the linear before) is allowed."
         )
-    return str(folds)
+    return folds
+
+
+def check_same_model(lm: LM, magnitudes: Magnitudes) -> None:
+    """Raise unless the capture is of this model as it is now: the same linears, the same smoothing folded in."""
+    known = linear_names(lm)
+    missing = [name for name in magnitudes.names if name not in known]
+    if missing or not magnitudes.names:
+        raise NoSuchLayer(
+            f"the magnitudes are of {magnitudes.model or 'another model'}: {lm.name} has no linear "
+            f"{missing[0] if missing else '(they are empty)'}. Capture this model: sqviz.capture(lm, text)"
+        )
+    same = magnitudes.scales.keys() == lm.scales.keys() and all(
+        torch.equal(scale.cpu().float(), lm.scales[name].cpu().float()) for name, scale in magnitudes.scales.items()
+    )
+    if not same:
+        raise SqvizError(
+            "lm and magnitudes are smoothed differently: explore the model that was captured, or capture this one with "
+            "sqviz.capture(lm, text)"
+        )
+
+
+def open_linear(magnitudes: Magnitudes, linear: str | int) -> str:
+    """The linear that a name, the end of one, or a block's index means. Raises `NoSuchLayer`."""
+    group = magnitudes.group(linear)
+    return next((name for name in group.consumers if isinstance(linear, str) and name.endswith(linear)), group.name)
 
 
 def check_linear(magnitudes: Magnitudes, name: str) -> str:
@@ -123,10 +142,10 @@ def scheme_key(scheme: Scheme) -> str:
     )
 
 
-def code_template(scheme: Scheme, folds: str) -> str:
+def code_template(scheme: Scheme, folds: Folds, *, online: bool = False) -> str:
     """The calls that reproduce a state, with `{alpha}` where α goes: the page fills it in, kernel or not."""
     return (
-        f"smoothed = sqviz.smooth(lm, magnitudes, {{alpha}}, folds={folds!r})\n"
+        f"smoothed = sqviz.smooth(lm, magnitudes, {{alpha}}, folds={folds!r}{', online=True' if online else ''})\n"
         f"quantized = sqviz.quantize(smoothed, {scheme.as_code()}, magnitudes)"
     )
 
@@ -148,7 +167,7 @@ def catalogue(magnitudes: Magnitudes) -> list[dict[str, Any]]:
                     "group": group.name,
                     "block": group.block,
                     "kind": relative_kind(group, linear),
-                    "channels": int(magnitudes.absmax(linear).shape[0]),
+                    "channels": int(magnitudes.absmax(linear).shape[-1]),
                     "out": int(magnitudes.weights[linear].out_absmax.shape[0]),
                     "fold": group.fold_kind,
                     "reason": group.reason,
@@ -158,11 +177,15 @@ def catalogue(magnitudes: Magnitudes) -> list[dict[str, Any]]:
 
 
 def first_linear(magnitudes: Magnitudes) -> str:
-    """Where the explorer opens: the linear whose outlier channels stand out most above the rest of its input."""
+    """Where the explorer opens: the input, of those the thesis smooths, whose large channels are large all the time.
 
-    def spread(linear: str) -> float:
-        absmax = magnitudes.absmax(linear)
-        median = float(absmax.median())
-        return float(absmax.max()) / median if median > 0 and math.isfinite(median) else 0.0
+    A high quantile instead of the maximum: what one token alone makes large (the "massive activations" of some
+    down_proj inputs) is no channel's, and no s per channel mends it.
+    """
+    groups = [group for group in magnitudes.groups if group.fold_kind == "norm"] or list(magnitudes.groups)
 
-    return max((group.consumers[0] for group in magnitudes.groups), key=spread)
+    def spread(name: str) -> float:
+        usual = magnitudes.inputs[name].quantiles[QUANTILES.index(0.99)]
+        return float(usual.max()) / max(float(usual.median()), 1e-30)
+
+    return max((group.name for group in groups), key=spread)

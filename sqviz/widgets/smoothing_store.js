@@ -13,7 +13,7 @@ function preparePack(pack, sorted) {
   if (sorted) order.sort((a, b) => pack.x_absmax[b] - pack.x_absmax[a]);
   const arrange = (values) => Float32Array.from(order, (j) => values[j]);
   const cells = (codes, rows) => (sorted ? permuteColumns(codes, rows, order) : codes);
-  const xAbsmax = arrange(pack.x_absmax), foldAbsmax = arrange(pack.fold_w_absmax);
+  const xAbsmax = arrange(pack.x_absmax);
   const weights = new Map();
   pack.consumers.forEach((consumer, i) => {
     const absmax = arrange(pack[`w_absmax_${i}`]);
@@ -23,7 +23,8 @@ function preparePack(pack, sorted) {
     group: pack.group, channels: pack.channels, order, sorted,
     tokensPerRow: pack.tokens_per_row, texts: pack.texts,
     x: { absmax: xAbsmax, codes: cells(pack.x_map, pack.rows), rows: pack.rows, range: pack.range },
-    xLog: logs(xAbsmax), foldLog: logs(foldAbsmax), weights,
+    xLog: logs(arrange(pack.s_x)), foldLog: logs(arrange(pack.s_w)), weights, // what s is made from: see smoothing_pack.py
+    expert: pack.expert,
   };
 }
 
