@@ -7,7 +7,8 @@
 # Needs Python >= 3.11 and PyPI. A bare torch for Linux brings several GB of CUDA; without an NVIDIA GPU spare them with
 #     make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
-PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell $(name) -c $(RECENT) 2>/dev/null && echo $(name))))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c $(RECENT) 2>/dev/null && { echo $$name; break; }; done)
 PORT ?=
 LAB_ARGS ?=
 PIP_ARGS ?=
@@ -15,6 +16,7 @@ TESTS ?=
 RECENT := "import sys; sys.exit(sys.version_info < (3, 11))"
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+HAVE_VENV := $(BIN)/python -m pip --version >/dev/null 2>&1
 
 .PHONY: setup lab demo test bench
 .DEFAULT_GOAL := lab
@@ -22,10 +24,10 @@ INSTALLED := .venv/.installed
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -c $(RECENT) 2>/dev/null || { echo "sqviz needs Python 3.11 or newer, and \
+	@$(HAVE_VENV) || $(PYTHON) -c $(RECENT) 2>/dev/null || { echo "sqviz needs Python 3.11 or newer, and \
 	'$(PYTHON)' is none. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(HAVE_VENV) || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 lab: $(INSTALLED)

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, rest = parser.parse_known_args(arguments)
     if rest and given.run is not lab:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
-    given.rest = [argument for argument in rest if argument != "--"]
+    given.rest = rest
     try:
         return given.run(given)
     except (SqvizError, OSError, Cancelled) as error:
@@ -37,9 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser(
-        "lab", help="open JupyterLab on the first notebook", epilog="Further arguments go to JupyterLab."
+        "lab",
+        help="open JupyterLab on the first notebook",
+        epilog="All further arguments go to JupyterLab.",
+        allow_abbrev=False,
     )
-    command.add_argument("notebook", nargs="?", help=f"a notebook or folder to open (default: {FIRST})")
+    command.add_argument("--notebook", help=f"another one to open (default: {FIRST})")
     command.add_argument("--port", type=int, help="the port to serve on (default: 8888, or the next that is free)")
     command.add_argument("--no-browser", action="store_true", help="only print the address")
     command.set_defaults(run=lab)

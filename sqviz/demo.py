@@ -24,6 +24,7 @@ FRAME = (
     "<iframe class='sqviz-page' srcdoc=\"{page}\" style='width:100%;border:0' height='600' "
     'onload="const fit=()=>{{{fit}}};fit();new ResizeObserver(fit).observe(this.contentDocument.body)"></iframe>'
 )
+MARK = re.compile("\ue000(\\d+)\ue001")  # stands for a formula; private-use characters, so no text has it
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*?[^\s$])?)\$(?!\w)", re.DOTALL)
 
 
@@ -119,14 +120,16 @@ def to_page(book: Any, siblings: set[str]) -> str:
     """An executed notebook as one page. Links to `siblings` (notebook names) lead to their pages."""
     from nbconvert import HTMLExporter
 
+    formulas: list[str] = []
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_live_widget(output)]
         elif cell.cell_type == "markdown":
-            cell.source = _page_links(with_mathml(cell.source), siblings)
+            cell.source = _page_links(set_aside(cell.source, formulas), siblings)
     exporter = HTMLExporter(embed_images=True, **dict.fromkeys(EMPTY, ""))
     page, _ = exporter.from_notebook_node(book, resources={"metadata": {"name": _title(book)}})
-    return page
+    page = re.sub(r"<[^<>]*\ue000[^<>]*>", lambda tag: MARK.sub("", tag[0]), page)  # in a heading's id, say
+    return MARK.sub(lambda mark: formulas[int(mark[1])], page)
 
 
 def _is_live_widget(output: Any) -> bool:
@@ -138,15 +141,21 @@ def _page_links(markdown: str, siblings: set[str]) -> str:
     return re.sub(r"\]\(([\w-]+)\.ipynb", lambda m: f"]({m[1]}.html" if m[1] in siblings else m[0], markdown)
 
 
-def with_mathml(markdown: str) -> str:
-    """$…$ and $$…$$ outside of code as MathML, which browsers draw by themselves."""
+def set_aside(markdown: str, formulas: list[str]) -> str:
+    """Replace $…$ and $$…$$ outside of code by marks, and append the MathML of each, which browsers draw by themselves.
+
+    nbconvert would take MathML in markdown apart, so it is put in afterwards.
+    """
     try:
         from latex2mathml.converter import convert
     except ModuleNotFoundError as error:
-        raise SqvizError("formulas need latex2mathml: pip install latex2mathml, or sqviz with its extra `dev`") from error
+        raise SqvizError(
+            "formulas need latex2mathml: pip install latex2mathml, or sqviz with its extra `dev`"
+        ) from error
 
     def draw(match: re.Match[str]) -> str:
-        return convert(match["block"] or match["inline"], display="block" if match["block"] else "inline")
+        formulas.append(convert(match["block"] or match["inline"], display="block" if match["block"] else "inline"))
+        return f"\ue000{len(formulas) - 1}\ue001"
 
     pieces = re.split(r"(```.*?```|`[^`\n]*`)", markdown, flags=re.DOTALL)
     return "".join(piece if piece.startswith("`") else FORMULA.sub(draw, piece) for piece in pieces)
