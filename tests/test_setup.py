@@ -1,9 +1,11 @@
 """pyproject.toml, constraints.txt, the conda files, pre-commit, CI and make say the same things."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -37,6 +39,32 @@ def conda(path):
 def test_every_dependency_is_pinned_to_a_version_that_pyproject_allows(wanted):
     assert wanted.name in pins, f"add {wanted.name}==… to constraints.txt"
     assert wanted.specifier.contains(Version(pins[wanted.name]))
+
+
+COMES_WITH = {  # what we import without asking for it, and the dependency of ours that asks for it
+    "IPython": "ipykernel",
+    "huggingface_hub": "transformers",
+    "jupyter_core": "jupyterlab",
+    "nbclient": "jupyterlab",
+    "nbconvert": "jupyterlab",
+    "nbformat": "jupyterlab",
+    "packaging": "transformers",
+    "tokenizers": "transformers",
+    "traitlets": "ipywidgets",
+}
+CALLED = {"PIL": "pillow"}
+OPTIONAL = {"latex2mathml"}  # says how to get it
+
+
+def test_sqviz_asks_for_every_package_that_it_imports():
+    asked = {wanted.name for wanted in required}
+    for path in (ROOT / "sqviz").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"sqviz"}:
+                package = CALLED.get(name, COMES_WITH.get(name, name))
+                assert package in asked or name in OPTIONAL, f"{path} imports {name}: add it to pyproject.toml"
 
 
 def test_nothing_else_is_pinned():
