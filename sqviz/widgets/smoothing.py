@@ -109,9 +109,9 @@ class SmoothingExplorer(View):
             **first,
         )
         self._engine.publish_sweeps()
-        self.observe(self._alpha_moved, names=["alpha", "moving"])
-        self.observe(self._linear_changed, names=["linear"])
-        self.observe(self._scheme_changed, names=["scheme", "folds"])
+        self.observe(self._on_alpha, names=["alpha", "moving"])
+        self.observe(self._on_linear, names=["linear"])
+        self.observe(self._on_scheme, names=["scheme", "folds"])
         self.on_msg(self._message)
         self._asked: State | None = None
         self._engine.start()
@@ -152,7 +152,7 @@ class SmoothingExplorer(View):
             for name, value in traits.items():
                 setattr(self, name, value)
 
-    def _alpha_moved(self, _: Any) -> None:
+    def _on_alpha(self, _: Any) -> None:
         state = self.state
         if state == self._asked:
             return  # alpha and moving came in one message
@@ -160,10 +160,10 @@ class SmoothingExplorer(View):
         self._engine.ask(state)
         self._estimate_if_wanted(state)
 
-    def _linear_changed(self, _: Any) -> None:
+    def _on_linear(self, _: Any) -> None:
         self._engine.open(self.state)
 
-    def _scheme_changed(self, _: Any) -> None:
+    def _on_scheme(self, _: Any) -> None:
         state = self.state
         self._publish(code=code_template(state.scheme, state.folds, online=self._online))
         self._engine.rescheme(state)

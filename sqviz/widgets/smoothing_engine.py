@@ -26,6 +26,7 @@ from jaxtyping import Float, Float16
 from torch import Tensor
 
 from sqviz.corpus.segments import Text
+from sqviz.errors import NonFinite
 from sqviz.models.linears import groups
 from sqviz.models.lm import LM
 from sqviz.observe.magnitudes import Magnitudes
@@ -34,7 +35,7 @@ from sqviz.quant.plan import Folds
 from sqviz.quant.schemes import Scheme
 from sqviz.widgets.smoothing_estimate import Estimator
 from sqviz.widgets.smoothing_pack import Vectors, group_pack, own_weight, vectors
-from sqviz.widgets.smoothing_sample import BUDGET_BYTES, SAMPLE_TOKENS, Sample, held_tokens
+from sqviz.widgets.smoothing_sample import BUDGET_BYTES, SAMPLE_TOKENS, Sample, held_tokens, longest
 from sqviz.widgets.smoothing_state import scheme_key
 from sqviz.widgets.worker import Pace, Turn, Worker
 
@@ -181,11 +182,7 @@ class Engine:
         probe = self._probe(state.linear, state.scheme)
         if probe is None:
             return  # the measuring job asks again once the activations are there
-        try:
-            found = probe.exact(state.alpha, turn) if exact else probe.coarse(state.alpha, turn)
-        except ValueError as error:  # NaN or infinite activations or weights: the number does not exist
-            self._publish(problem=f"{state.linear}: {error}")
-            return
+        found = probe.exact(state.alpha, turn) if exact else probe.coarse(state.alpha, turn)
         turn.check()
         self._publish(answer=answer_for(state, found))
 
@@ -209,9 +206,8 @@ class Engine:
     def _measure_block(self, turn: Turn, linear: str) -> None:
         self._report("activations", 0, 1, "measuring activations")
         if self._sample is None:
-            self._sample = Sample(
-                self.lm, held_tokens(self.lm, self.magnitudes, self._text, SAMPLE_TOKENS), self._budget
-            )
+            count = longest(self.lm, SAMPLE_TOKENS)
+            self._sample = Sample(self.lm, held_tokens(self.lm, self.magnitudes, self._text, count), self._budget)
         sample, group = self._sample, self._group_of[linear].name
         pace = Pace()
 
@@ -250,20 +246,20 @@ class Engine:
 
     def _sweep_one(self, turn: Turn, linear: str, scheme: Scheme) -> None:
         row = self.sweeps_of(scheme)[self._index[linear]]
-        probe = self._probe(linear, scheme)
-        if probe is None or not np.isnan(row[0]):
+        if self._x(linear) is None or not np.isnan(row[0]):
             return
         exact = self._multiplications(linear) <= QUICK_PRODUCT
-        none = torch.ones(self._vectors_of(linear).x_absmax.shape)
-        values = np.empty(SWEEP_COLUMNS, dtype="<f4")
-        asked: list[float | Tensor] = [*ALPHAS, none]
-        for place, alpha in enumerate(asked):
-            turn.check("the sweep")
-            try:
-                found = probe.exact(alpha, turn) if exact else probe.coarse(alpha, turn)
-                values[place] = found.frobenius if math.isfinite(found.frobenius) else -1.0
-            except ValueError:
-                values[place] = -1.0
+        asked: list[float | Tensor] = [*ALPHAS, torch.ones(self._vectors_of(linear).x_absmax.shape)]
+        values = np.full(SWEEP_COLUMNS, -1.0, dtype="<f4")
+        try:
+            probe = self._probe(linear, scheme)
+            assert probe is not None
+            for place, alpha in enumerate(asked):
+                turn.check("the sweep")
+                error = (probe.exact(alpha, turn) if exact else probe.coarse(alpha, turn)).frobenius
+                values[place] = error if math.isfinite(error) else -1.0
+        except NonFinite:
+            pass  # there is no error to speak of, and −1 says so
         row[:] = values
 
     # --- what it holds ---

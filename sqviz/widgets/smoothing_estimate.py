@@ -15,7 +15,7 @@ from sqviz.models.lm import LM, share
 from sqviz.observe.magnitudes import Magnitudes
 from sqviz.quant.linear import quantize
 from sqviz.quant.smooth import smooth
-from sqviz.widgets.smoothing_sample import held_tokens
+from sqviz.widgets.smoothing_sample import held_tokens, longest
 from sqviz.widgets.smoothing_state import scheme_key
 from sqviz.widgets.worker import Turn
 
@@ -42,8 +42,8 @@ class Estimator:
     def run(self, turn: Turn, state: "State") -> dict[str, Any]:
         """{reference, value: perplexities, tokens, alpha, scheme, folds}. Raises `Cancelled` within a block's time."""
         self._report("estimate", 0, 1, "reading held text")
-        tokens = held_tokens(self._lm, self._magnitudes, self._text, SEGMENTS * LENGTH + 1)
-        length = min(LENGTH, len(tokens))
+        tokens = held_tokens(self._lm, self._magnitudes, self._text, SEGMENTS * LENGTH)
+        length = min(longest(self._lm, LENGTH), len(tokens))
         tokens = tokens[: len(tokens) // length * length]
         if self._reference is None:
             self._reference = self._score(

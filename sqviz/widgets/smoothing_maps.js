@@ -149,6 +149,7 @@ function makeMapPanel(parent, store, side) {
       codeShifts(now.s, data.range, isX ? -1 : 1, shifts);
       const was = lost(now, data, limit);
       legend.update(way, theme);
+      if (data.rows === 0) return drawMissing(context, box, theme, store.live);
       const drawn = map.shade(data, now.pack.channels, now.pack.order, shifts, limit, way, colours);
       map.raster.paint(context, box);
       panel.drawn = drawn;
@@ -159,6 +160,14 @@ function makeMapPanel(parent, store, side) {
     },
   });
   return panel;
+}
+
+function drawMissing(context, box, theme, live) {
+  context.font = `12px ${theme.font}`;
+  context.fillStyle = theme.dim;
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  context.fillText(live ? "measuring the token map, which this capture was saved without" : "this capture was saved without token maps", box.x + box.width / 2, box.y + box.height / 2);
 }
 
 function drawMapAxes(context, box, theme, { isX, channels, rows, sorted }) {

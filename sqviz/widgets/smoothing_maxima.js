@@ -155,6 +155,7 @@ const channelFacts = (now, j) => [
 
 function cellFacts(now, j, down) {
   const { x, channels, tokensPerRow } = now.pack;
+  if (x.rows === 0) return [];
   const row = Math.min(x.rows - 1, Math.floor(down * x.rows)), value = decodeLog(x.codes[row * channels + j], x.range);
   const first = row * tokensPerRow, words = now.pack.texts.slice(first, first + tokensPerRow);
   const which = tokensPerRow > 1 ? `tokens ${first}–${first + tokensPerRow - 1}` : `token ${first}`;

@@ -20,7 +20,9 @@ from torch import Tensor
 from sqviz.models.folds import producer_rows, tie
 from sqviz.models.linears import Group, experts, weight
 from sqviz.models.lm import LM
+from sqviz.observe.capture import WEIGHT_BINS
 from sqviz.observe.magnitudes import Magnitudes
+from sqviz.observe.reduce import max_pool, to_half
 from sqviz.widgets.view import code_range, encode_log
 
 _KINDS: dict[np.dtype, str] = {np.dtype("uint8"): "u1", np.dtype("<f4"): "f4", np.dtype("<i4"): "i4"}
@@ -117,7 +119,7 @@ def weight_map(
     """|W| max-pooled along out to at most `rows` rows; from the capture, or from the model where it was left out."""
     held = magnitudes.weights[name].map
     if len(held) == 0 or expert is not None:
-        return pool_rows(own_weight(lm, name, expert).abs().float().cpu(), rows)
+        held = to_half(max_pool(own_weight(lm, name, expert), WEIGHT_BINS))
     return pool_rows(held.float(), rows)
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
-from sqviz.corpus.segments import Text, as_segments, as_tokens
+from sqviz.corpus.segments import Text, as_tokens
 from sqviz.corpus.source import text as default_text
 from sqviz.models.linears import Group, groups, weight
 from sqviz.models.lm import LM, share
@@ -43,7 +43,13 @@ def held_tokens(lm: LM, magnitudes: Magnitudes, text: Text | None, count: int) -
         return as_tokens(lm, text, count)
     if lm.tokenizer is None:
         return magnitudes.tokens[-count:]
-    return next(iter(as_segments(lm, default_text(), 1, count, HELD_SEED)))
+    return next(default_text().segments(lm.tokenizer, count, 1, HELD_SEED))
+
+
+def longest(lm: LM, length: int) -> int:
+    """`length`, or as many tokens as the model has positions for."""
+    positions = getattr(lm.config, "max_position_embeddings", None)
+    return min(length, positions) if isinstance(positions, int) else length
 
 
 class Sample:

@@ -183,6 +183,7 @@ def first_linear(magnitudes: Magnitudes) -> str:
     down_proj inputs) is no channel's, and no s per channel mends it.
     """
     groups = [group for group in magnitudes.groups if group.fold_kind == "norm"] or list(magnitudes.groups)
+    groups = [group for group in groups if magnitudes.has_map(group.name)] or groups
 
     def spread(name: str) -> float:
         usual = magnitudes.inputs[name].quantiles[QUANTILES.index(0.99)]

@@ -53,7 +53,7 @@ function makeStore(model) {
   };
 
   const store = {
-    about, rows,
+    about, rows, live: hasKernel(model),
     get alpha() { return alpha; },
     get linear() { return model.get("linear"); },
     get row() { return rows.get(model.get("linear")); },
