@@ -158,7 +158,7 @@ class HeatmapView(View):
         lo, hi = self._limits(which, float(values.max()))
         axis = Axis(lo if self.log_colours else 0.0, hi, label, self.log_colours)
         box = Box(70, 60, 640, 300)
-        picture.pixels(box, paint(max_pool(values, 2 * int(box.height), 2 * int(box.width)), axis, self.palette))
+        picture.pixels(box, paint(max_pool(values, int(box.height), int(box.width)), axis, self.palette))
         total, rows = (self.maps.x_total, "token") if which == "x" else (self.maps.w_total, "output feature")
         picture.axes(box, Axis(0, values.shape[1], "input channel"), Axis(0, total, rows), flip=True, grid=False)
         picture.colour_bar(Box(740, 76, 14, 270), axis, self.palette)

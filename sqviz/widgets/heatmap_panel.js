@@ -92,16 +92,10 @@ function heatmapControls(bar, data, state, changed) {
   const operands = [["x", "|X|", "Input activations, token × channel"], ["w", "|W|", "Weights, output feature × input channel"]]
     .filter(([key]) => data[key])
     .map(([key, text, title]) => [key, addButton(bar, text, title, () => changed({ operand: key }))]);
-  let smooth = null, slider = null, shown = null;
+  let [smooth, slider] = [null, null];
   if (data.smooths) {
     smooth = addToggle(bar, "Smooth", "Divide X and multiply W by s(α), channel by channel", state.smoothed, (on) => changed({ smoothed: on }));
-    const field = Object.assign(document.createElement("label"), { className: "sqviz-field", textContent: "α" });
-    slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 1, step: 0.01 });
-    slider.setAttribute("aria-label", "Migration strength α");
-    slider.addEventListener("input", () => changed({ alpha: Number(slider.value), smoothed: true }));
-    shown = Object.assign(document.createElement("output"), { className: "sqviz-value" });
-    field.append(slider, shown);
-    bar.append(field);
+    slider = alphaField(bar, state.alpha, (alpha) => changed({ alpha, smoothed: true }));
   }
   const log = addToggle(bar, "Log colours", "Logarithmic or linear colour scale", state.log_colours, (on) => changed({ log_colours: on }));
   const clip = addToggle(bar, "Clip at 99.9 %", "End the colour scale at the 99.9th percentile", state.clip, (on) => changed({ clip: on }));
@@ -115,9 +109,25 @@ function heatmapControls(bar, data, state, changed) {
     update(now) {
       for (const [key, button] of operands) button.setAttribute("aria-pressed", key === now.operand);
       for (const [button, on] of [[smooth, now.smoothed], [log, now.log_colours], [clip, now.clip]]) button?.setAttribute("aria-pressed", on);
-      if (slider && document.activeElement !== slider) slider.value = now.alpha;
-      if (shown) shown.textContent = now.alpha.toFixed(2);
+      slider?.update(now.alpha);
       palette.value = now.palette;
     },
   };
+}
+
+// A slider for α from 0 to 1, with its value beside it. {update(alpha)}
+function alphaField(bar, alpha, onChange) {
+  const field = Object.assign(document.createElement("label"), { className: "sqviz-field", textContent: "α" });
+  const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 1, step: 0.01, value: alpha });
+  slider.setAttribute("aria-label", "Migration strength α");
+  slider.addEventListener("input", () => onChange(Number(slider.value)));
+  const shown = document.createElement("output");
+  field.append(slider, shown);
+  bar.append(field);
+  const update = (value) => {
+    if (Number(slider.value) !== value) slider.value = value;
+    shown.textContent = value.toFixed(2);
+  };
+  update(alpha);
+  return { update };
 }

@@ -62,6 +62,10 @@ class View(anywidget.AnyWidget):
         own = [n for n in self.trait_names(sync=True) if not n.startswith("_") and n not in inherited]
         return {name: getattr(self, name) for name in sorted(own)}
 
+    def page_head(self) -> str:
+        """What an exported page needs in its head besides the view's own files: a library, say."""
+        return ""
+
     def to_html(self, path: str | Path | None = None) -> str | Path:
         """A self-contained page with this view as it is now: no kernel, no network.
 
@@ -71,7 +75,8 @@ class View(anywidget.AnyWidget):
         Returns:
             The path written, or the page.
         """
-        page = build_page(self.title or type(self).__name__, str(self._esm), str(self._css), self.page_state())
+        title = self.title or type(self).__name__
+        page = build_page(title, str(self._esm), str(self._css), self.page_state(), self.page_head())
         if path is None:
             return page
         Path(path).write_text(page, encoding="utf-8")
@@ -120,10 +125,8 @@ def script_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
-def build_page(
-    title: str, script: str, style: str, state: Mapping[str, Any], *, head: str = "", above: str = ""
-) -> str:
-    """The exported page: `script` is a view's module, `state` its traits; `head` and `above` it go in as they are."""
+def build_page(title: str, script: str, style: str, state: Mapping[str, Any], head: str = "") -> str:
+    """The exported page: `script` is a view's module, `state` its traits; `head` goes in as it is."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -138,7 +141,6 @@ def build_page(
 {head}
 </head>
 <body>
-{above}
 <main id="view"></main>
 <script type="application/json" id="state">{script_json(_plain(state))}</script>
 <script type="application/json" id="module">{script_json(script)}</script>

@@ -7,7 +7,7 @@ Fixtures:
     lab_page(cells or path, theme="light", width=1200, height=900) -> Lab
         A notebook in JupyterLab (one server per session, on a free port, in a temporary folder); see `Lab`.
     screenshots -> Path
-        Where pictures for the eye go: test-results/screenshots.
+        Where pictures for the eye go: build/screenshots.
 
 `SQVIZ_CHROMIUM` names a browser; else chromium, google-chrome or playwright's own is taken; without one, tests skip.
 """
@@ -67,7 +67,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def screenshots() -> Path:
-    folder = ROOT / "test-results" / "screenshots"
+    folder = ROOT / "build" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
