@@ -84,7 +84,7 @@ class _NotebookBar(Bar):
         self._button = widgets.Button(description="Cancel", tooltip=f"Stop: {what}", layout={"width": "auto"})
         self._button.on_click(lambda _: cancel.cancel())
         self._box = widgets.HBox([self._label, self._bar, self._button])
-        display(self._box)
+        self._handle: Any = display(self._box, display_id=True)
 
     def _draw(self, *, final: bool) -> None:
         now = time.perf_counter()
@@ -94,9 +94,10 @@ class _NotebookBar(Bar):
         seconds = now - self._start
         self._bar.value = self.done if self.total else int(final)
         self._label.value = f"{self.what}: {_count(self.done, self.total, self._unit)}, {seconds:.1f} s"
-        if final:
-            self._box.close()
-            for widget in (self._label, self._bar, self._button):
+        if final:  # a line of text takes the widgets' place, so that a saved notebook holds no dead ones
+            if self._handle is not None:
+                self._handle.update({"text/plain": self._label.value}, raw=True)
+            for widget in (self._box, self._label, self._bar, self._button):
                 widget.close()
 
 
