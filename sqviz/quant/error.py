@@ -28,7 +28,7 @@ from sqviz.quant.smooth import smoothing_scale
 ALPHAS: tuple[float, ...] = tuple(k / 20 for k in range(21))
 """0, 0.05 … 1: where error curves are sampled."""
 
-SMALL = 2_000_000_000  # multiplications up to which one thread does better on a machine that is not idle
+SMALL = 30_000_000_000  # multiplications (about 0.2 s) up to which one thread does better unless the machine is idle
 CHUNK = 256  # rows of W between two looks at the cancel token
 
 
