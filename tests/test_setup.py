@@ -109,7 +109,7 @@ def test_ci_runs_what_the_contributor_runs():
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
 
 
-@pytest.mark.parametrize("script", [".ci/run", "binder/postBuild", "binder/start"])
+@pytest.mark.parametrize("script", [".ci/run", ".ci/floor", "binder/postBuild", "binder/start"])
 def test_scripts_can_be_run(script):
     assert os.access(ROOT / script, os.X_OK)
     assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
