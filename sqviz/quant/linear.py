@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from sqviz.errors import NoSuchLayer, SqvizError
 from sqviz.models.linears import Group, experts, groups, no_such_layer, weight
 from sqviz.models.lm import LM, share
+from sqviz.progress import CancelToken
+from sqviz.progress import progress as progress_bar
 from sqviz.quant.quantize import fake_quantize, step_and_zero
 from sqviz.quant.scaled_linear import ScaledLinear
 from sqviz.quant.schemes import Scheme
@@ -35,6 +37,9 @@ def quantize(
     magnitudes: "Magnitudes | None" = None,
     backend: str = "simulate",
     skip: str | Iterable[str] = (),
+    *,
+    cancel: CancelToken | None = None,
+    progress: bool = False,
 ) -> LM:
     """A new `LM` whose linears compute as `scheme` says. `lm` stays as it was; unchanged tensors are shared with it.
 
@@ -45,12 +50,15 @@ def quantize(
             the recorded extrema of every channel are divided by the smoothing factors that were folded in since.
         backend: "simulate": integers acted out in floating point.
         skip: glob patterns over names of linears that stay in floating point, such as "*.down_proj".
+        cancel: stops the work between two linears.
+        progress: show a progress bar (billions of weights take a while).
 
     Raises:
         SqvizError: the scheme is static and `magnitudes` is missing or is another model's; an unknown backend; a linear
             is quantised already or of a kind that is not known.
         NoSuchLayer: a pattern matches nothing.
         NonFinite: a weight holds a NaN or an infinity.
+        Cancelled: stopped through `cancel`.
     """
     if not isinstance(scheme, Scheme):
         raise SqvizError(f"scheme={scheme!r}: a sqviz.Scheme is needed, such as sqviz.SMOOTHQUANT_O1.")
@@ -66,14 +74,14 @@ def quantize(
     model = share(lm.model)
     builder = _Builder(lm, scheme, magnitudes)
     done: set[str] = set()
-    for group in every:
-        for name in group.consumers:
+    total = sum(len(group.consumers) for group in every)
+    with progress_bar(total, "quantising", unit="linears", cancel=cancel, show=progress) as bar:
+        for group, name in [(group, name) for group in every for name in group.consumers]:
             path = name.rpartition(".")[0] if experts(lm, name) else name
-            if name in skipped or path in done or is_router(lm, group, name):
-                continue
-            done.add(path)
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, builder.build(name, path, skipped))
+            if name not in skipped and path not in done and not is_router(lm, group, name):
+                done.add(path)
+                model.set_submodule(path, builder.build(name, path, skipped))
+            bar.step()
     note = "; ".join(filter(None, [lm.note, scheme.describe()]))
     return lm.replace(model=model, note=note)
 

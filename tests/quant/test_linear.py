@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from sqviz.errors import NonFinite, NoSuchLayer, SqvizError
+from sqviz.errors import Cancelled, NonFinite, NoSuchLayer, SqvizError
 from sqviz.models.linears import experts, groups, linear_names, weight
 from sqviz.models.tiny import TINY, tiny
 from sqviz.observe.hooks import watch
+from sqviz.progress import CancelToken
 from sqviz.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from sqviz.quant.linear import is_router, quantize
 from sqviz.quant.schemes import SMOOTHQUANT_LLAMA, SMOOTHQUANT_O1, SMOOTHQUANT_O3, W8A8, ZEROQUANT, Scheme
@@ -356,6 +357,15 @@ def test_what_cannot_be_quantised_is_said():
     with pytest.raises(SqvizError, match=r"layers\.1\.self_attn\.q_proj is a Odd.*skip="):
         quantize(lm, W8A8)
     assert quantize(lm, W8A8, skip="*.1.self_attn.q_proj").model.get_submodule("model.layers.1.self_attn.q_proj")
+
+
+def test_cancel():
+    lm = tiny("LlamaForCausalLM")
+    cancel = CancelToken()
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        quantize(lm, W8A8, cancel=cancel)
+    assert not any(isinstance(module, SimulatedLinear) for module in lm.model.modules())
 
 
 def test_non_finite_weights_and_activations_name_the_linear():
