@@ -69,14 +69,13 @@ def quantize(
             f"{scheme!r} is static: its steps come from calibration. Give the magnitudes: "
             "m = sqviz.capture(lm, text); sqviz.quantize(lm, scheme, m). Or use static=False."
         )
-    every = groups(lm)
-    skipped = _matching(skip, [name for group in every for name in group.consumers])
+    pairs = [(group, name) for group in groups(lm) for name in group.consumers]
+    skipped = _matching(skip, [name for _, name in pairs])
     model = share(lm.model)
     builder = _Builder(lm, scheme, magnitudes)
     done: set[str] = set()
-    total = sum(len(group.consumers) for group in every)
-    with progress_bar(total, "quantising", unit="linears", cancel=cancel, show=progress) as bar:
-        for group, name in [(group, name) for group in every for name in group.consumers]:
+    with progress_bar(len(pairs), "quantising", unit="linears", cancel=cancel, show=progress) as bar:
+        for group, name in pairs:
             path = name.rpartition(".")[0] if experts(lm, name) else name
             if name not in skipped and path not in done and not is_router(lm, group, name):
                 done.add(path)
