@@ -1,7 +1,8 @@
 // cells.js: a heatmap of uint8 log codes [row][column] to zoom and pan, quick at 2048 × 4096 cells. Needs draw.js and
 // smoothing_formula.js (decodeLog, codesPerDecade).
 //
-//   makeCells(parent, tooltip, {height, label, describe}) -> {canvas, set(changes), reset(), stop(), view()}
+//   makeCells(parent, tooltip, {height, label, describe}) -> {canvas, set(changes), reset(), stop()}
+//     canvas.plot is the box of the cells on it, canvas.view() the rows and columns shown: for tests and benchmarks
 //     set: codes, rows, columns, range [lo, hi]   the cells; range in log10
 //          shifts      Float32Array [column] or null: log10 factor by which a column is scaled (-log10 s for X/s)
 //          limits      [smallest, largest] value of the colour scale
@@ -137,7 +138,7 @@ function makeCells(parent, tooltip, { height, label, describe }) {
   let painted = ""; // what the raster holds; moving the cross repaints only the cross
 
   const draw = (context, width, tall, colours) => {
-    box = { x: 64, y: 8, width: width - 64 - 14, height: tall - 8 - 84 };
+    canvas.plot = box = { x: 64, y: 8, width: width - 64 - 14, height: tall - 8 - 84 };
     const ratio = box.width * box.height * (window.devicePixelRatio || 1) ** 2 > 1.2e6 ? 1 : window.devicePixelRatio || 1;
     const [w, h] = [Math.max(1, Math.round(box.width * ratio)), Math.max(1, Math.round(box.height * ratio))];
     lut ??= lutOf(source.map);
@@ -197,7 +198,8 @@ function makeCells(parent, tooltip, { height, label, describe }) {
     surface.redraw();
     if (cross && box) show();
   };
-  return { canvas, set, reset, stop: surface.stop, view: () => ({ ...view }) };
+  canvas.view = () => ({ ...view });
+  return { canvas, set, reset, stop: surface.stop };
 }
 
 function drawCross(context, box, cross, colours) {

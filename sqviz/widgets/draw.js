@@ -1,7 +1,7 @@
 // draw.js: what every sqviz view draws with. Joined in front of a view's own file into one module (see view.py), so these
 // are plain functions: nothing is imported, nothing exported. Lengths are CSS pixels; colours come from the theme.
 //
-//   startView(el, title) -> root             the <div class="sqviz"> a view fills; keeps handled keys from the notebook
+//   startView(el, title) -> root             the <div class="sqviz"> a view fills; keeps its keys from the notebook
 //   hasKernel(model)                         false in an exported page
 //   makeCanvas(parent, {height, label, draw}) -> {canvas, redraw(), size(), stop()}
 //        draw(context, width, height, colours) runs at most once a frame: after redraw(), a resize or a theme switch.
@@ -25,8 +25,12 @@ function startView(el, title = "") {
   root.className = "sqviz";
   root.setAttribute("role", "group");
   if (title) root.setAttribute("aria-label", title);
-  // A key that a view has used (preventDefault) must not also move or delete the notebook's cells.
-  root.addEventListener("keydown", (event) => event.defaultPrevented && event.stopPropagation());
+  // A key that a view has used (preventDefault) must not also move the notebook's cells, nor a letter typed here add or
+  // delete one. Shift+Enter, Ctrl+S and the like stay the notebook's.
+  root.addEventListener("keydown", (event) => {
+    const letter = event.key.length === 1 && !event.ctrlKey && !event.metaKey && !event.altKey;
+    if (event.defaultPrevented || letter) event.stopPropagation();
+  });
   el.append(root);
   return root;
 }

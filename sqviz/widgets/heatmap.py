@@ -182,6 +182,7 @@ def pack(maps: Maps, model: str = "") -> dict[str, Any]:
     parts = []
     meta: dict[str, Any] = {
         "name": maps.name,
+        "model": model,
         "columns": len(maps.x_max),
         "smooths": maps.one_scale,
         "x": None,

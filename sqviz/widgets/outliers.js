@@ -110,6 +110,7 @@ function makeOverview(parent, tooltip, groups, scale, { sort, open }) {
     },
   });
   const { canvas } = surface;
+  canvas.tiles = () => layout.tiles.map(({ group, x, y, width }) => ({ name: group.name, x, y, width })); // for tests
   const choose = (tile) => {
     if (tile === chosen) return;
     chosen = tile;

@@ -77,7 +77,7 @@ function maximaPlot(parent, tooltip, group) {
   const scale = ownScale(group);
   let [box, cursor] = [null, -1];
   const draw = (context, width, height, colours) => {
-    box = { x: 64, y: 10, width: width - 64 - 14, height: height - 10 - 48 };
+    canvas.plot = box = { x: 64, y: 10, width: width - 64 - 14, height: height - 10 - 48 };
     const [x, y] = [linearAxis(0, xMax.length), logAxis(...scale)];
     drawAxes(context, box, x, y, { xLabel: "input channel", yLabel: "max |X|" }, colours);
     drawMaxima(context, box, xMax, median, y, colours, window.devicePixelRatio || 1);

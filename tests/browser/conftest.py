@@ -136,6 +136,7 @@ def _start_lab(home: Path, port: int, token: str) -> subprocess.Popen[bytes]:
     _quiet_settings(home / "settings")
     folders = {
         "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
         "JUPYTER_RUNTIME_DIR": "runtime",
         "JUPYTERLAB_SETTINGS_DIR": "settings",
         "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
