@@ -45,7 +45,7 @@ from sqviz.widgets.smoothing_state import (
 from sqviz.widgets.smoothing_still import draw_still
 from sqviz.widgets.still import Still
 from sqviz.widgets.view import View, build_page
-from sqviz.widgets.worker import Turn
+from sqviz.widgets.worker import Turn, heard_while_busy
 
 
 class SmoothingExplorer(View):
@@ -108,6 +108,7 @@ class SmoothingExplorer(View):
             code=code_template(state.scheme, state.folds, online=self._online),
             **first,
         )
+        heard_while_busy(self)
         self._engine.publish_sweeps()
         self.observe(self._on_alpha, names=["alpha", "moving"])
         self.observe(self._on_linear, names=["linear"])

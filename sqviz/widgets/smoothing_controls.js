@@ -53,6 +53,7 @@ function makePickers(bar, store, onLinear) {
   bar.append(field);
   slider.addEventListener("input", () => open(store.row.kind, blocksOf(store.row.kind)[Number(slider.value)]));
   const linear = addSelect(bar, "Linear", kinds.map((kind) => [kind, kind]), store.row.kind, (kind) => open(kind, store.row.block));
+  linear.setAttribute("aria-label", "Linear");
   const fold = element("span", "sqviz-note sm-fold");
   bar.append(fold);
   return {
@@ -103,8 +104,8 @@ function makeSchemeBar(bar, store, live, onScheme, onFolds) {
   const weightBits = addSelect(bar, "", BITS, "", (value) => change("weight_bits", Number(value)));
   const fixed = addToggle(bar, "Static", "Activation steps from calibration instead of from each tensor", false, (on) => change("static", on));
   const folds = addSelect(bar, "Folds", [["norm", "norms"], ["all", "all exact"]], "", onFolds);
-  bits.setAttribute("aria-label", "Bits of the activations");
-  weightBits.setAttribute("aria-label", "Bits of the weights");
+  const names = { Scheme: preset, Activations: activation, "Bits of the activations": bits, Weights: weight, "Bits of the weights": weightBits, Folds: folds };
+  for (const [name, control] of Object.entries(names)) control.setAttribute("aria-label", name);
   preset.title = "Schemes of thesis Table 3.2";
   folds.title = "Where s may be folded when the whole model is smoothed";
   const note = element("span", "sqviz-note", live ? "" : "no kernel: α, layer and linear stay live, the scheme is fixed");

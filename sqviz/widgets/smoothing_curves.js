@@ -84,7 +84,7 @@ function makeErrorPanel(parent, store) {
       }
       drawErrorCurve(context, alphas, errors, px, py, theme);
       answers.forEach((answer, i) => {
-        if (answer.how !== "exact" || !usable(answer.error)) return;
+        if (!answer.rest || answer.how !== "exact" || !usable(answer.error)) return;
         context.globalAlpha = 0.3 + (0.6 * (i + 1)) / answers.length;
         context.fillStyle = theme.ink;
         context.beginPath();

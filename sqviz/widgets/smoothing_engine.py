@@ -169,6 +169,7 @@ class Engine:
                     if self._x(linear) is None:
                         self._measure_block(mine, linear)
                     self._sweep_one(mine, linear, self.state.scheme)
+                self.publish_sweeps()
             finally:
                 done.set()
 
@@ -339,4 +340,5 @@ def answer_for(state: State, found: OutputError) -> dict[str, Any]:
         "error": found.frobenius if math.isfinite(found.frobenius) else None,
         "how": "sampled" if found.sampled else "exact",
         "tokens": found.tokens,
+        "rest": not state.moving,
     }

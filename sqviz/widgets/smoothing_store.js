@@ -2,7 +2,7 @@
 // answers of the kernel. Draws nothing. The page's α is the user's hand; the model's follows it, as fast as it can.
 
 const KEEP_PACKS = 24; // groups kept ready in the page
-const KEEP_ANSWERS = 12; // exact values shown as dots, per linear and scheme
+const KEEP_ANSWERS = 9; // values where the hand has rested, shown as dots, per linear and scheme
 const KEEP_TIMINGS = 2000;
 
 const schemeKey = (s) => [s.activation, s.weight, s.static, s.bits, s.weight_bits, s.symmetric].join("|");
@@ -32,7 +32,7 @@ function makeStore(model) {
   const about = model.get("about");
   const rows = new Map(about.linears.map((row, index) => [row.name, { ...row, index }]));
   const raw = new Map(), ready = new Map(); // group -> pack as it came; group + order -> prepared
-  const answers = new Map(); // linear + scheme -> [{alpha, error, how, tokens}], the newest last
+  const answers = new Map(); // linear + scheme -> [{alpha, error, how, tokens, rest}], the newest last
   let alpha = model.get("alpha"), sorted = false, frame = null;
 
   const remember = (map, key, value, most) => {
@@ -92,8 +92,10 @@ function makeStore(model) {
     takeAnswer(answer) {
       if (!answer || !answer.linear) return;
       const key = `${answer.linear}|${answer.scheme}`;
-      const list = (answers.get(key) ?? []).filter((old) => old.alpha !== answer.alpha || (old.how === "exact" && answer.how !== "exact"));
-      if (!list.some((old) => old.alpha === answer.alpha)) list.push(answer);
+      const old = answers.get(key) ?? [], same = old.find((known) => known.alpha === answer.alpha);
+      if (same?.how === "exact" && answer.how !== "exact") return;
+      // Of the values passed while moving only the newest is of use; where the hand rested, the last few.
+      const list = [...old.filter((known) => known.rest && known !== same), { ...answer, rest: answer.rest || Boolean(same?.rest) }];
       remember(answers, key, list.slice(-KEEP_ANSWERS), 64);
     },
     answers() { return answers.get(`${store.linear}|${schemeKey(store.scheme)}`) ?? []; },

@@ -17,6 +17,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from sqviz.errors import Cancelled
 from sqviz.progress import CancelToken
@@ -171,6 +172,17 @@ class Worker:
             with self._state:
                 self._running.remove(turn)
                 self._state.notify_all()
+
+
+def heard_while_busy(widget: Any) -> None:
+    """Let the page's messages reach this widget while a cell computes.
+
+    JupyterLab sends them to a thread of the kernel that is theirs. ipykernel 7.4 takes them back to where the widget
+    last spoke from, for callers that wait for a reply there: for a widget made in a cell that is the main thread, where
+    the next long cell blocks them. This widget waits for no reply, so JupyterLab's choice is restored.
+    """
+    if hasattr(widget.comm, "_reply_subshell_for"):
+        widget.comm._reply_subshell_for = lambda data, chosen: chosen
 
 
 class Pace:

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from sqviz.errors import Cancelled
-from sqviz.widgets.worker import Pace, Turn, Worker
+from sqviz.widgets.worker import Pace, Turn, Worker, heard_while_busy
 
 WAIT = 20.0  # seconds; only a hang comes near it
 
@@ -218,6 +218,20 @@ def test_unknown_and_repeated_lanes_are_named(worker, errors):
         worker.cancel("fsat")
     with pytest.raises(ValueError, match="different names"):
         Worker(("a", "a"), errors)
+
+
+def test_a_widget_is_heard_where_jupyterlab_sends_its_messages():
+    class Comm:
+        def _reply_subshell_for(self, data, chosen):
+            return "where it last spoke from"
+
+    class Widget:
+        comm = Comm()
+
+    heard_while_busy(Widget)
+    assert Widget.comm._reply_subshell_for({}, "the widgets' own thread") == "the widgets' own thread"
+    Widget.comm = object()  # another ipykernel, or none: nothing to do
+    heard_while_busy(Widget)
 
 
 def test_pace_lets_the_first_through_and_holds_the_next():
