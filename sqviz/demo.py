@@ -69,7 +69,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def execute(notebook: Path, *, pages: bool = True) -> Any:
-    """The notebook with outputs, run in its own folder by this Python's kernel. The file stays as it is.
+    """The notebook with outputs, run by this Python's kernel in a folder of its own. The file stays as it is.
 
     Args:
         notebook: an .ipynb file.
@@ -80,27 +80,40 @@ def execute(notebook: Path, *, pages: bool = True) -> Any:
     from nbclient.exceptions import CellExecutionError
 
     book = nbformat.read(notebook, as_version=4)
-    if pages:
-        book.cells.insert(0, nbformat.v4.new_code_cell(SETUP))
+    book.cells.insert(0, nbformat.v4.new_code_cell(SETUP if pages else ""))
 
     def say(cell: Any, cell_index: int) -> None:
-        print(f"    cell {cell_index + 1} of {len(book.cells)}", file=sys.stderr, flush=True)
+        if cell_index:
+            print(f"    cell {cell_index} of {len(book.cells) - 1}", file=sys.stderr, flush=True)
 
-    client = NotebookClient(
-        book,
-        timeout=CELL_SECONDS,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(notebook.parent)}},
-        store_widget_state=False,
-        on_cell_start=say,
-    )
-    try:
-        client.execute()
-    except CellExecutionError as error:
-        raise SqvizError(f"{notebook}: {error}") from error
-    if pages:
-        book.cells.pop(0)
+    with tempfile.TemporaryDirectory() as folder:  # what a notebook writes does not stay beside it
+        client = NotebookClient(
+            book,
+            timeout=CELL_SECONDS,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            store_widget_state=False,
+            on_cell_start=say,
+        )
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            raise SqvizError(f"{notebook}: {error}") from error
+    book.cells.pop(0)
+    _count_from_one(book)
     return book
+
+
+def _count_from_one(book: Any) -> None:
+    """Number the cells as if the one that prepared the kernel had not been there."""
+    count = 0
+    for cell in book.cells:
+        if cell.cell_type == "code" and cell.execution_count is not None:
+            count += 1
+            cell.execution_count = count
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
 
 
 def show_pages() -> None:

@@ -221,6 +221,13 @@ def test_demo_executes_once_and_again_when_something_changed(tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["00_a.html", "index.html"]
 
 
+def test_what_a_notebook_writes_does_not_stay_beside_it(tmp_path):
+    book = demo.execute(notebook(tmp_path / "00_a.ipynb", "open('litter.txt', 'w').close()", "import os; os.getcwd()"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00_a.ipynb"]
+    assert [cell.execution_count for cell in book.cells if cell.cell_type == "code"] == [1, 2]
+    assert book.cells[-1].outputs[0].execution_count == 2
+
+
 def test_a_cell_that_fails_leaves_no_page(tmp_path, capsys):
     book = notebook(tmp_path / "00_a.ipynb", "1 / 0")
     assert cli.main(["demo", str(book), "--output", str(tmp_path / "build")]) == 1
