@@ -28,7 +28,10 @@ function rowLevels(codes, rows, columns) {
     const pooled = new Uint8Array(half * columns);
     for (let r = 0; r < half; r++) {
       const [a, b] = [2 * r * columns, Math.min(2 * r + 1, count - 1) * columns];
-      for (let c = 0, o = r * columns; c < columns; c++, o++) pooled[o] = from[a + c] - ((from[a + c] - from[b + c]) & ((from[a + c] - from[b + c]) >> 31));
+      for (let c = 0, o = r * columns; c < columns; c++, o++) {
+        const one = from[a + c], other = from[b + c];
+        pooled[o] = one - ((one - other) & ((one - other) >> 31));
+      }
     }
     levels.push({ codes: pooled, rows: half });
   }

@@ -1,7 +1,8 @@
 // outliers.js: OutliersView. All layers as tiles on one canvas; a tile opens into outliers_detail.js.
 
 const SORTS = [["layer", "layer"], ["absmax", "largest input"], ["ratio", "outlier ratio"], ["name", "name"]];
-const [TILE, GAP, LABEL] = [30, 8, 14]; // height of a tile's bars, room between tiles, height of its label
+const [GAP, LABEL] = [8, 14]; // room between tiles, height of a tile's label
+const tileHeight = (rows) => Math.round(Math.min(70, Math.max(30, 420 / rows - LABEL - GAP))); // few layers: higher bars
 
 function readGroups(model) {
   const meta = model.get("meta");
@@ -21,46 +22,57 @@ function readGroups(model) {
 }
 
 // Which tile goes where. By layer: a row per block, a column per kind, blocks in several runs side by side when there is
-// room; sorted otherwise: one after the other. {tiles: [{group, x, y, width, row, column}], headers, height, columns}
+// room; sorted otherwise, or with little room: one after the other. {tiles: [{group, x, y, width, row, column}], headers, height, columns}
 function layOut(groups, sort, width) {
   const kinds = [...new Set(groups.map((group) => group.kind))];
   const blocks = [...new Set(groups.map((group) => group.block))].sort((a, b) => a - b);
-  const step = TILE + LABEL + GAP;
-  if (sort === "layer") {
+  if (sort === "layer" && (width - 46) / kinds.length > 60) {
     const runs = Math.max(1, Math.min(Math.floor((width - 20) / (kinds.length * 96 + 30)), Math.ceil(blocks.length / 4)));
     const perRun = Math.ceil(blocks.length / runs);
+    const tall = tileHeight(perRun);
+    const step = tall + LABEL + GAP;
     const runWidth = (width - 16) / runs;
     const tileWidth = (runWidth - 30) / kinds.length;
     const tiles = groups.map((group) => {
       const [at, kind] = [blocks.indexOf(group.block), kinds.indexOf(group.kind)];
       const run = Math.floor(at / perRun);
       return { group, x: 8 + run * runWidth + 26 + kind * tileWidth, y: 22 + (at % perRun) * step, width: tileWidth - 8,
-        row: at % perRun, column: run * kinds.length + kind, label: "" };
+        tall, row: at % perRun, column: run * kinds.length + kind, label: "" };
     });
     const headers = [];
     for (let run = 0; run < runs; run++) {
       kinds.forEach((kind, i) => headers.push({ text: kind, x: 8 + run * runWidth + 26 + i * tileWidth, width: tileWidth - 8 }));
     }
-    const numbers = blocks.map((block, at) => ({ text: block, x: 8 + Math.floor(at / perRun) * runWidth + 20, y: 22 + (at % perRun) * step + LABEL + TILE / 2 }));
+    const numbers = blocks.map((block, at) => {
+      const middle = 22 + (at % perRun) * step + LABEL + tall / 2;
+      return { text: block, x: 8 + Math.floor(at / perRun) * runWidth + 20, y: middle };
+    });
     return { tiles, headers, numbers, height: 26 + perRun * step };
   }
-  const order = { absmax: (a, b) => b.absmax - a.absmax, ratio: (a, b) => b.ratio - a.ratio, name: (a, b) => a.name.localeCompare(b.name, "en", { numeric: true }) };
+  const order = {
+    absmax: (a, b) => b.absmax - a.absmax,
+    ratio: (a, b) => b.ratio - a.ratio,
+    name: (a, b) => a.name.localeCompare(b.name, "en", { numeric: true }),
+  };
   const columns = Math.max(1, Math.floor((width - 8) / 165));
   const tileWidth = (width - 16) / columns;
-  const tiles = [...groups].sort(order[sort]).map((group, i) => ({
-    group, x: 8 + (i % columns) * tileWidth, y: 4 + Math.floor(i / columns) * step, width: tileWidth - 8,
-    row: Math.floor(i / columns), column: i % columns, label: `${group.block} · ${group.kind}`,
+  const tall = tileHeight(Math.ceil(groups.length / columns));
+  const step = tall + LABEL + GAP;
+  const tiles = (sort === "layer" ? groups : [...groups].sort(order[sort])).map((group, i) => ({
+    group, x: 8 + (i % columns) * tileWidth, y: 4 + Math.floor(i / columns) * step, width: tileWidth - 8, tall,
+    row: Math.floor(i / columns), column: i % columns, label: `${group.block} · `,
   }));
   return { tiles, headers: [], numbers: [], height: 8 + Math.ceil(groups.length / columns) * step };
 }
 
-function fitText(context, text, width) {
-  if (context.measureText(text).width <= width) return text;
-  const last = text.slice(text.lastIndexOf(".") + 1); // the end of a name says more than its beginning
-  if (context.measureText(last).width <= width) return last;
+// A kind of input, as much of it as fits: whole, without its first part, then without "_proj" too; else its end.
+function fitKind(context, kind, width) {
+  const inner = kind.slice(kind.indexOf(".") + 1);
+  const found = [kind, inner, inner.replace(/_proj$/, "")].find((text) => context.measureText(text).width <= width);
+  if (found) return found;
   let from = 1;
-  while (from < text.length && context.measureText(`…${text.slice(from)}`).width > width) from++;
-  return `…${text.slice(from)}`;
+  while (from < inner.length && context.measureText(`…${inner.slice(from)}`).width > width) from++;
+  return `…${inner.slice(from)}`;
 }
 
 function drawOverview(context, { tiles, headers, numbers }, scale, chosen, colours) {
@@ -70,17 +82,19 @@ function drawOverview(context, { tiles, headers, numbers }, scale, chosen, colou
   context.textBaseline = "middle";
   context.fillStyle = colours.dim;
   context.textAlign = "left";
-  for (const { text, x, width } of headers) context.fillText(fitText(context, text, width), x, 11);
+  for (const { text, x, width } of headers) context.fillText(fitKind(context, text, width), x, 11);
   context.textAlign = "right";
   for (const { text, x, y } of numbers) context.fillText(text, x, y);
   for (const tile of tiles) {
-    const { group, x, y, width, label } = tile;
-    const box = { x, y: y + LABEL, width, height: TILE };
+    const { group, x, y, width, tall, label } = tile;
+    const box = { x, y: y + LABEL, width, height: tall };
     context.fillStyle = colours.faint;
-    context.fillRect(x, box.y + TILE, width, 1);
+    context.fillRect(x, box.y + tall, width, 1);
     drawMaxima(context, box, group.xMax, group.median, axis, colours, ratio);
-    const value = `${number(group.absmax)}${group.ratio >= OUTLIER_RATIO ? ` · ${number(Math.round(group.ratio))}×` : ""}`;
     context.font = `10px ${colours.font}`;
+    const plain = number(group.absmax);
+    const long = `${plain} · ${number(Math.round(group.ratio))}×`;
+    const value = group.ratio >= OUTLIER_RATIO && context.measureText(long).width <= width ? long : plain;
     context.textAlign = "right";
     context.fillStyle = group.ratio >= OUTLIER_RATIO ? colours.series[1] : colours.dim;
     context.fillText(value, x + width, y + LABEL / 2);
@@ -88,13 +102,14 @@ function drawOverview(context, { tiles, headers, numbers }, scale, chosen, colou
       const room = width - context.measureText(value).width - 6;
       context.textAlign = "left";
       context.fillStyle = colours.dim;
-      const short = `${group.block} · ${group.kind.slice(group.kind.lastIndexOf(".") + 1)}`;
-      context.fillText(context.measureText(label).width <= room ? label : fitText(context, short, room), x, y + LABEL / 2);
+      const start = context.measureText(label).width;
+      context.fillText(label, x, y + LABEL / 2);
+      context.fillText(fitKind(context, group.kind, room - start), x + start, y + LABEL / 2);
     }
     if (tile === chosen) {
       context.strokeStyle = colours.accent;
       context.lineWidth = 2;
-      context.strokeRect(x - 3, y - 1, width + 6, LABEL + TILE + 4);
+      context.strokeRect(x - 3, y - 1, width + 6, LABEL + tall + 4);
     }
   }
 }
@@ -126,7 +141,7 @@ function makeOverview(parent, tooltip, groups, scale, { sort, open }) {
   const under = (event) => {
     const frame = canvas.getBoundingClientRect();
     const [x, y] = [event.clientX - frame.left, event.clientY - frame.top];
-    const tile = layout?.tiles.find((t) => x >= t.x && x <= t.x + t.width && y >= t.y && y <= t.y + LABEL + TILE + 2);
+    const tile = layout?.tiles.find((t) => x >= t.x && x <= t.x + t.width && y >= t.y && y <= t.y + LABEL + t.tall + 2);
     return { tile, x };
   };
   canvas.addEventListener("pointermove", (event) => {
@@ -157,7 +172,7 @@ function makeOverview(parent, tooltip, groups, scale, { sort, open }) {
       const next = chosen ? nearestTile(layout.tiles, chosen, down, right) : layout.tiles[0];
       choose(next ?? chosen);
       const frame = canvas.getBoundingClientRect();
-      explain(chosen, frame.left + chosen.x, frame.top + chosen.y + LABEL + TILE, -1);
+      explain(chosen, frame.left + chosen.x, frame.top + chosen.y + LABEL + chosen.tall, -1);
     } else return;
     event.preventDefault();
   });
@@ -165,8 +180,10 @@ function makeOverview(parent, tooltip, groups, scale, { sort, open }) {
 }
 
 function nearestTile(tiles, { row, column }, down, right) {
-  const ahead = tiles.filter((t) => (down ? Math.sign(t.row - row) === down && t.column === column : t.row === row && Math.sign(t.column - column) === right));
-  return ahead.sort((a, b) => Math.abs(a.row - row) + Math.abs(a.column - column) - Math.abs(b.row - row) - Math.abs(b.column - column))[0];
+  const ahead = tiles.filter((t) =>
+    down ? Math.sign(t.row - row) === down && t.column === column : t.row === row && Math.sign(t.column - column) === right);
+  const away = (tile) => Math.abs(tile.row - row) + Math.abs(tile.column - column);
+  return ahead.sort((a, b) => away(a) - away(b))[0];
 }
 
 function render({ model, el }) {
@@ -187,7 +204,8 @@ function render({ model, el }) {
   const select = addSelect(bar, "Sort by", SORTS, model.get("sort"), (value) => set("sort", value));
   const open = (group) => set("opened", group.name);
   const [lo, hi] = meta.scale.map(number);
-  overview.append(note(`Each tile: max |X| of every channel, log scale ${lo} to ${hi} for all; line: median; second colour: above ${OUTLIER_RATIO} × the median. Click or Enter opens.`));
+  overview.append(note(`Each tile: max |X| of every channel, log scale ${lo} to ${hi} for all; line: median; ` +
+    `second colour: above ${OUTLIER_RATIO} × the median. Click or Enter opens.`));
   const tiles = makeOverview(overview, tooltip, groups, meta.scale, { sort: () => model.get("sort"), open });
   addButton(bar, "PNG", "Save the picture", () => savePicture(tiles.canvas, "outliers"));
 

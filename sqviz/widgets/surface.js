@@ -7,12 +7,13 @@ const HEIGHTS = [["own", "each its own"], ["same", "before and after alike"], ["
 const NARROW = 640;
 
 function loadPlotly(model) {
-  const major = parseInt(window.Plotly?.version ?? "0", 10);
-  if (major >= 3) return Promise.resolve(window.Plotly);
-  window.sqvizPlotly ??= new Promise((done, fail) => {
+  const ready = () => parseInt(window.Plotly?.version ?? "0", 10) >= 3;
+  if (ready()) return Promise.resolve(window.Plotly);
+  return new Promise((done, fail) => {
     const take = (message, buffers) => {
       if (message.plotly !== true) return;
       model.off("msg:custom", take);
+      if (ready()) return done(window.Plotly); // another view was quicker
       const script = document.createElement("script");
       script.src = URL.createObjectURL(new Blob([buffers[0]], { type: "text/javascript" }));
       script.onload = () => done(window.Plotly);
@@ -22,7 +23,6 @@ function loadPlotly(model) {
     model.on("msg:custom", take);
     model.send({ need: "plotly" });
   });
-  return window.sqvizPlotly;
 }
 
 // Where at most `limit` blocks over `size` cells begin, with the end added; the twin of plots/pool.py `block_starts`.
@@ -210,7 +210,7 @@ async function render({ model, el }) {
 
   const read = () => Object.fromEntries(SURFACE_STATE.map((name) => [name, model.get(name)]));
   const want = () => ({ panels: panels(model.get("alpha")), heights: model.get("heights") });
-  let [surfaces, heatmap] = [null, null];
+  let [surfaces, heatmap, stopped] = [null, null, false];
   below.addEventListener("toggle", () => {
     if (below.open) heatmap ??= makeHeatmap(below, tooltip, data, read(), set);
   });
@@ -224,11 +224,13 @@ async function render({ model, el }) {
   const stopTheme = onTheme(root, update);
   const resized = new ResizeObserver(() => surfaces?.update(want()));
   loadPlotly(model).then((Plotly) => {
+    if (stopped) return;
     space.replaceChildren();
     surfaces = makeSurfaces(space, Plotly, model.get("figure_json"), title, want());
     resized.observe(space);
   }, (error) => space.replaceChildren(Object.assign(document.createElement("div"), { className: "sqviz-error", textContent: error.message })));
   return () => {
+    stopped = true;
     for (const name of [...SURFACE_STATE, "heights"]) model.off(`change:${name}`, update);
     stopTheme();
     resized.disconnect();

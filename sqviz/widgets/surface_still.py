@@ -29,7 +29,7 @@ def _draw(picture: Still, box: Box, panel: Panel) -> None:
     picture.text(box.x + box.width / 2, box.y, panel.title, size=12, anchor="ma")
     values = max_pool(panel.values, ROWS, COLUMNS)
     axis = Axis(0.0, max(float(values.max()), 1e-30))
-    tall = box.height * 0.46  # points for the tallest value
+    tall = box.height * 0.42  # points for the tallest value
     origin = (box.x, box.y + box.height * 0.70)
 
     def at(u: float, v: float, z: float = 0.0) -> tuple[float, float]:

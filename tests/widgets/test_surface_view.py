@@ -75,7 +75,8 @@ def test_the_still_changes_with_alpha_and_the_heatmap_is_at_hand(capture: Magnit
     view = SurfaceView.of(capture, NAME, alpha=0.8)
     assert view.to_png() != SurfaceView.of(capture, NAME, alpha=0.2).to_png()
     heatmap = view.heatmap(smoothed=True)
-    assert type(heatmap) is HeatmapView
+    assert isinstance(heatmap, HeatmapView)
+    assert not isinstance(heatmap, SurfaceView)
     assert (heatmap.alpha, heatmap.smoothed) == (0.8, True)
 
 
