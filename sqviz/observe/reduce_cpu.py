@@ -14,12 +14,15 @@ number).
 import numpy as np
 from numba import njit
 
-from sqviz.observe.buckets import BUCKETS, CODE_BASE, CODE_SHIFT, LOG_A, LOG_B
+from sqviz.observe import buckets
 
 BLOCK = 128
-_i = (
-    np.int32
-)  # numba widens to int64 wherever a Python int or an unnamed type enters, and then uses half of each register
+# numba compiles numbers in, and looks for changes in this file only: so those of buckets.py stand here once more
+BUCKETS, CODE_BASE, CODE_SHIFT, LOG_A, LOG_B = 322, 3502080, 12, 13791, -5124
+assert (BUCKETS, CODE_BASE) == (buckets.BUCKETS, buckets.CODE_BASE)
+assert (CODE_SHIFT, LOG_A, LOG_B) == (buckets.CODE_SHIFT, buckets.LOG_A, buckets.LOG_B)
+# numba widens to int64 wherever a Python int or an unnamed type enters, and then uses half of each register
+_i = np.int32
 _MAGNITUDE, _MANTISSA, _EIGHT, _FIFTEEN = _i(0x7FFFFFFF), _i(0x7FFF), _i(8), _i(15)
 _ONE, _A, _B, _BASE, _SHIFT = _i(0x8000), _i(LOG_A), _i(LOG_B), _i(CODE_BASE), _i(CODE_SHIFT)
 _ZERO, _LAST = _i(0), _i(BUCKETS - 1)
