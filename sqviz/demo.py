@@ -167,7 +167,8 @@ def set_aside(markdown: str, formulas: list[str]) -> str:
         ) from error
 
     def draw(match: re.Match[str]) -> str:
-        formulas.append(convert(match["block"] or match["inline"], display="block" if match["block"] else "inline"))
+        formula = re.sub(r"\\tag\{([^{}]*)\}", r"\\qquad (\1)", match["block"] or match["inline"])
+        formulas.append(convert(formula, display="block" if match["block"] else "inline"))
         return f"\ue000{len(formulas) - 1}\ue001"
 
     pieces = re.split(r"(```.*?```|`[^`\n]*`)", markdown, flags=re.DOTALL)
