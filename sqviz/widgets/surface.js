@@ -75,7 +75,8 @@ function surfaceModel(model) {
     peaks[which].forEach((value, c) => (peak = Math.max(peak, value * (shifts ? 10 ** shifts[c] : 1))));
     const z = poolHeights(data[which], data.columns, shifts, meta.limits);
     const symbol = operandSymbol(which, smoothed);
-    return { z, surfacecolor: logLevels(z), peak, title: `<b>${symbol} ${smoothed ? `at α = ${number(alpha)}` : "as it is"}: up to ${number(peak)}</b>` };
+    const title = `<b>${symbol} ${smoothed ? `at α = ${number(alpha)}` : "as it is"}: up to ${number(peak)}</b>`;
+    return { z, surfacecolor: logLevels(z), peak, symbol, title };
   };
   const plain = [panel("x", null), panel("w", null)];
   let [last, made] = [null, plain]; // asked again for the same α, the same arrays: nothing is drawn twice
@@ -94,9 +95,10 @@ function surfaceLayout(width, panels, heights, colours, title) {
   const rows = Math.ceil(panels.length / columns);
   const changes = { height: 44 + 370 * rows, "margin.t": narrow ? 60 : 44, "font.color": colours.ink, "title.font.size": narrow ? 12 : 15 };
   changes["title.text"] = narrow ? title.replace(" before", "<br>before") : title;
-  panels.forEach(({ peak, title: text }, i) => {
+  panels.forEach(({ symbol, title: text }, i) => {
     const [left, top] = [(i % columns) / columns, 1 - Math.floor(i / columns) / rows];
     const [key, log] = [sceneKey(i), heights === "log"];
+    changes[`${key}.zaxis.title.text`] = narrow ? "" : symbol; // the heading says it; beside the axis it would be cut off
     changes[`${key}.domain`] = { x: [left, left + 1 / columns - 0.01], y: [top - 1 / rows, top - 0.06 / rows] };
     Object.assign(changes, { [`${key}.zaxis.type`]: log ? "log" : "linear", [`${key}.zaxis.dtick`]: log ? 1 : null });
     if (heights === "same") changes[`${key}.zaxis.range`] = [0, Math.max(...panels.filter((_, j) => j % 2 === i % 2).map((p) => p.peak))];
