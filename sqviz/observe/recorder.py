@@ -67,7 +67,7 @@ class Recorder:
     def see(self, group: Group, x: Float[Tensor, "token channel"]) -> None:
         """Take the input of a group."""
         self._check()
-        self._reducer(group, x).add(x, self._stream[self._now])
+        self._reducer(group, x).add(x, self._stream[self._now].to(x.device))
         if self._now.start == 0:
             self.first.see(group, x)
 
@@ -77,7 +77,7 @@ class Recorder:
         reducer = self._reducer(group, x)
         absmax = self.expert_absmax.setdefault(group.name, {})
         count = self.expert_tokens.setdefault(group.name, {})
-        stream = self._stream[self._now]
+        stream = self._stream[self._now].to(x.device)
         for expert, rows in by_expert(routing):
             reducer.add(x[rows], stream[routing.token[rows]])
             new = x[rows].abs().amax(0).float()
@@ -88,7 +88,10 @@ class Recorder:
 
     def check_finite(self) -> None:
         """Raise `NonFinite` if the last pass had a NaN or an infinity, naming the first linear it flowed into."""
-        fine = [reducer.token_absmax[self._now].isfinite().all() for reducer in self.reducers.values()]
+        fine = [
+            reducer.token_absmax[self._now].isfinite().all().to(self._stream.device)
+            for reducer in self.reducers.values()
+        ]
         if not fine or bool(torch.stack(fine).all()):  # one wait for the device, not one per linear
             return
         name = next(name for name, good in zip(self.reducers, fine, strict=True) if not good)

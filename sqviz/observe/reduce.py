@@ -75,19 +75,17 @@ class _Accumulators:
     def finish(self, levels: tuple[float, ...]) -> Reduced:
         """See Reducer."""
         empty = self.rows == 0
-        low, high = (torch.zeros_like(self.low),) * 2 if empty else (self.low, self.high)
-        absmax = torch.maximum(high, -low)
-        histogram = self.histogram
+        low, high = (torch.zeros(len(self.low)),) * 2 if empty else (self.low.cpu(), self.high.cpu())
+        absmax, histogram = torch.maximum(high, -low), self.histogram.cpu()
         del self.histogram
         over_all = quantiles(histogram.sum(0, keepdim=True), absmax.max().reshape(1), levels)[:, 0]
-        token = torch.where(absmax > 0, self.peak_token, -1)
         return Reduced(
-            minimum=low.cpu(),
-            maximum=high.cpu(),
+            minimum=low,
+            maximum=high,
             mean=(self.total / max(self.rows, 1)).float().cpu(),
-            quantiles=quantiles(histogram, absmax, levels).cpu(),
-            tensor_quantiles=over_all.cpu(),
-            channel_token=token.to(torch.int32).cpu(),
+            quantiles=quantiles(histogram, absmax, levels),
+            tensor_quantiles=over_all,
+            channel_token=torch.where(absmax > 0, self.peak_token.cpu(), -1).to(torch.int32),
             token_absmax=self.token_absmax.cpu(),
             token_channel=self.token_channel.cpu(),
             rows=self.rows,
