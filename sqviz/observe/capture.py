@@ -65,7 +65,12 @@ def capture(
     for name, value in {"batch": batch, "map_tokens": map_tokens}.items():
         if value < 1:
             raise SqvizError(f"{name}={value}: at least 1 is needed")
-    segments = torch.stack([*as_segments(lm, text, samples, length, seed)])
+    chosen = []
+    for segment in as_segments(lm, text, samples, length, seed):
+        chosen.append(segment)
+        if cancel is not None:
+            cancel.check("capture")
+    segments = torch.stack(chosen)
     with progress_bar(len(segments), "capture", unit="segments", cancel=cancel, show=progress) as bar:
         recorder = _run(lm, segments, batch, map_tokens, bar)
         weights = _weights(lm, groups(lm), bar)
