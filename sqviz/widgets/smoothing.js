@@ -47,24 +47,31 @@ function makePage(model, el) {
   const changeScheme = (scheme) => (store.send({ scheme }), refresh());
   const scheme = makeSchemeBar(schemeBar, store, live, changeScheme, (folds) => (store.send({ folds }), refresh()));
 
-  const alphaMoved = () => {
-    panels.forEach((panel) => panel.redraw());
+  // What is not canvas is written once a frame, after the canvases, which ask the page for their width: written before,
+  // each text would cost a layout of its own.
+  let writing = 0;
+  const write = () => {
+    writing = 0;
+    panels.forEach((panel) => panel.write?.());
     error.placeMarker(store);
     strip.placeMarker(store);
     slider.update(error.spot);
     reading.update(store);
     estimate.update();
   };
+  store.later = () => (writing ||= requestAnimationFrame(write));
+  const alphaMoved = () => {
+    panels.forEach((panel) => panel.redraw());
+    store.later();
+  };
   const refresh = () => {
     pickers.update();
     scheme.update();
     store.takeSweeps();
+    store.takeStops();
     stripFacts.previousSibling.lastChild.textContent = ` · ${store.row.kind}`;
     [...panels, error, strip].forEach((panel) => panel.redraw());
-    slider.update(null);
-    requestAnimationFrame(() => slider.update(error.spot));
-    reading.update(store);
-    estimate.update();
+    store.later();
   };
   store.waiting = () => {
     const { activations, sweep } = model.get("status");
@@ -95,18 +102,18 @@ function makePage(model, el) {
     },
     "change:picture": () => (store.takePacks(model.get("picture")), refresh()),
     "change:linear change:scheme change:folds": refresh,
-    "change:sweeps": () => {
+    "change:sweeps change:sweeps_for": () => {
       store.takeSweeps();
       [error, strip].forEach((panel) => panel.redraw());
-      requestAnimationFrame(() => slider.update(error.spot));
-      reading.update(store);
+      store.later();
     },
+    "change:stops change:stops_for": () => (store.takeStops(), reading.update(store)),
     "change:answer": () => {
       store.takeAnswer(model.get("answer"));
+      reading.update(store); // at once: this is what the hand waits for
       error.redraw();
-      reading.update(store);
     },
-    "change:status": () => (error.redraw(), reading.update(store)),
+    "change:status": () => (error.redraw(), store.later()),
   });
   refresh();
   return () => {
@@ -143,13 +150,13 @@ function makeReading(parent) {
   return {
     update(store) {
       const read = store.reading(), good = Number.isFinite(read.error), about = read.how === "exact" ? "" : "≈ ";
-      alpha.textContent = store.alpha.toFixed(2);
-      error.textContent = good ? `${about}${number(100 * read.error)} %` : "–";
-      sqnr.textContent = good && read.error > 0 ? `${sqnrDb(read.error).toFixed(1)} dB` : good ? "∞ dB" : "–";
+      setText(alpha, store.alpha.toFixed(2));
+      setText(error, good ? `${about}${number(100 * read.error)} %` : "–");
+      setText(sqnr, good && read.error > 0 ? `${sqnrDb(read.error).toFixed(1)} dB` : good ? "∞ dB" : "–");
       const bare = store.sweepOf(store.linear)?.[store.about.alphas.length];
       const gain = good && usable(bare) && read.error > 0 ? ` · ${number(bare / read.error)} × less than unsmoothed` : "";
-      source.textContent = words[read.how](read) + (gain && bare < read.error ? ` · ${number(read.error / bare)} × more than unsmoothed` : gain);
-      line.dataset.how = read.how;
+      setText(source, words[read.how](read) + (gain && bare < read.error ? ` · ${number(read.error / bare)} × more than unsmoothed` : gain));
+      if (line.dataset.how !== read.how) line.dataset.how = read.how;
     },
   };
 }

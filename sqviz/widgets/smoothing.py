@@ -4,8 +4,9 @@ The page (smoothing*.js) computes every frame itself from vectors sent once per 
 (smoothing_engine.py) supplies what needs a matrix product or the model. This file only wires the two.
 
 Traits, both ways: alpha, moving, linear, scheme, folds, estimate_on_release. From the kernel: about, picture, sweeps,
-sweeps_for, answer, estimate, status, problem, code. Messages from the page: {"kind": "estimate" | "cancel" | "export"}.
-Arrays travel as packs (smoothing_pack.py), and as float32 for the sweeps: [linear, α…, without smoothing].
+sweeps_for, stops, stops_for, answer, estimate, status, problem, code. Messages from the page: {"kind": …} with
+"estimate", "cancel" or "export". Arrays travel as packs (smoothing_pack.py), and as float32: sweeps [linear, α…,
+without smoothing], and stops, the exact errors of the linear in view at α = 0, 0.01 … 1.
 """
 
 import threading
@@ -23,13 +24,14 @@ from sqviz.progress import progress as progress_bar
 from sqviz.quant.error import ALPHAS
 from sqviz.quant.plan import Folds, check_alpha
 from sqviz.quant.schemes import PRESETS, W8A8, Scheme
-from sqviz.widgets.smoothing_engine import Engine, State
+from sqviz.widgets.smoothing_engine import Engine
 from sqviz.widgets.smoothing_estimate import smooth_online
 from sqviz.widgets.smoothing_export import PAGE_BYTES, choose_linears, embed
 from sqviz.widgets.smoothing_sample import BUDGET_BYTES
 from sqviz.widgets.smoothing_state import (
     PRESET_LABELS,
     SLACK,
+    State,
     catalogue,
     check_folds,
     check_linear,
@@ -64,8 +66,8 @@ class SmoothingExplorer(View):
     _styles = ("base.css", "smoothing.css")
 
     about = traitlets.Dict().tag(sync=True)
-    alpha = traitlets.Float(0.5).tag(sync=True)
-    moving = traitlets.Bool(False).tag(sync=True)
+    alpha = traitlets.Float(0.5).tag(sync=True, echo_update=False)  # an echo would only trail behind the hand
+    moving = traitlets.Bool(False).tag(sync=True, echo_update=False)
     linear = traitlets.Unicode().tag(sync=True)
     scheme = traitlets.Any().tag(sync=True)
     folds = traitlets.Unicode("all").tag(sync=True)
@@ -74,6 +76,8 @@ class SmoothingExplorer(View):
     embedded = traitlets.Bytes().tag(sync=True)
     sweeps = traitlets.Bytes().tag(sync=True)
     sweeps_for = traitlets.Unicode().tag(sync=True)
+    stops = traitlets.Bytes().tag(sync=True)
+    stops_for = traitlets.Unicode().tag(sync=True)
     answer = traitlets.Dict().tag(sync=True)
     estimate = traitlets.Dict().tag(sync=True)
     status = traitlets.Dict().tag(sync=True)

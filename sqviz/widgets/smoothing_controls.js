@@ -144,10 +144,11 @@ function makeAlphaSlider(parent, store, onAlpha) {
   return {
     input,
     update(spot) {
-      input.value = store.alpha;
+      if (Number(input.value) !== store.alpha) input.value = store.alpha;
       input.setAttribute("aria-valuetext", `alpha ${store.alpha.toFixed(2)}`);
-      frame.style.setProperty("--lo", spot ? spot.lo : 0);
-      frame.style.setProperty("--hi", spot ? spot.hi : 0);
+      for (const [name, value] of [["--lo", spot?.lo ?? 0], ["--hi", spot?.hi ?? 0]]) {
+        if (frame.style.getPropertyValue(name) !== String(value)) frame.style.setProperty(name, value);
+      }
     },
   };
 }
@@ -183,9 +184,11 @@ function makeEstimatePanel(parent, model, store, live) {
     result.hidden = Boolean(running) && !got.value;
     if (running) [meter.value, meter.max] = [running.done, running.total || 1];
     const here = got.value && Math.abs(got.alpha - store.alpha) < 1e-9 && got.scheme === schemeKey(store.scheme) && got.folds === store.folds;
-    facts.textContent = running ? running.text : got.tokens ? `${got.tokens} held tokens` : live ? "" : "needs a kernel";
+    const told = running ? running.text : got.tokens ? `${got.tokens} held tokens` : live ? "on held text" : "needs a kernel";
+    setText(facts, told);
     result.classList.toggle("sm-stale", !here);
-    result.textContent = got.value ? `${number(got.reference)} → ${number(got.value)} (${signed(got.value / got.reference - 1)})${here ? "" : ` at α = ${got.alpha.toFixed(2)}${got.scheme === schemeKey(store.scheme) ? "" : ", other scheme"}`}` : "";
+    const shown = got.value ? `${number(got.reference)} → ${number(got.value)} (${signed(got.value / got.reference - 1)})${here ? "" : ` at α = ${got.alpha.toFixed(2)}${got.scheme === schemeKey(store.scheme) ? "" : ", other scheme"}`}` : "";
+    setText(result, shown);
     result.title = got.value ? `unquantised ${got.reference.toPrecision(5)}, this state ${got.value.toPrecision(5)}` : "";
   };
   model.on("change:estimate change:status change:estimate_on_release", update);

@@ -78,9 +78,17 @@ function makeErrorPanel(parent, store) {
         context.lineTo(box.x + box.width, py(bare));
         context.stroke();
         context.setLineDash([]);
+        // The label stands where the curve is farther from the line, on a ground of its own.
+        const away = (error) => (usable(error) ? Math.abs(Math.log(error / bare)) : 0);
+        const right = away(errors[alphas.length - 1]) >= away(errors[0]), wide = context.measureText("unsmoothed").width;
+        const x0 = right ? box.x + box.width - wide - 4 : box.x + 4, y0 = py(bare) < box.y + 16 ? py(bare) + 9 : py(bare) - 8;
+        context.globalAlpha = 0.75;
+        context.fillStyle = theme.paper;
+        context.fillRect(x0 - 2, y0 - 7, wide + 4, 14);
+        context.globalAlpha = 1;
         context.fillStyle = theme.dim;
-        context.textAlign = "right";
-        context.fillText("unsmoothed", box.x + box.width - 3, py(bare) < box.y + 16 ? py(bare) + 9 : py(bare) - 8);
+        context.textAlign = "left";
+        context.fillText("unsmoothed", x0, y0);
       }
       drawErrorCurve(context, alphas, errors, px, py, theme);
       answers.forEach((answer, i) => {

@@ -9,14 +9,13 @@ The engine is given states and publishes results by name; it knows no widget. Wo
     export    sweeps that an exported page needs
     estimate  perplexity of the whole model under a state
     sweep     the error curve of the linear in view, then of the same linear in every other layer
+    refine    the exact error at every stop of the slider for the linear in view: no stop has to be asked for any more
 
 Every result says which state it belongs to, so that the page can tell a stale one.
 """
 
-import dataclasses
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,31 +30,18 @@ from sqviz.models.linears import groups
 from sqviz.models.lm import LM
 from sqviz.observe.magnitudes import Magnitudes
 from sqviz.quant.error import ALPHAS, LinearProbe, OutputError
-from sqviz.quant.plan import Folds
 from sqviz.quant.schemes import Scheme
 from sqviz.widgets.smoothing_estimate import Estimator
-from sqviz.widgets.smoothing_pack import Vectors, group_pack, own_weight, vectors
+from sqviz.widgets.smoothing_pack import group_pack
+from sqviz.widgets.smoothing_probes import STOPS, SWEEP_COLUMNS, Errors, Probes, stop_of, stops_key
 from sqviz.widgets.smoothing_sample import BUDGET_BYTES, SAMPLE_TOKENS, Sample, held_tokens, longest
-from sqviz.widgets.smoothing_state import scheme_key
+from sqviz.widgets.smoothing_state import State, answer_for, scheme_key
 from sqviz.widgets.worker import Pace, Turn, Worker
 
-LANES = ("answer", "picture", "exact", "measure", "export", "estimate", "sweep")
+LANES = ("answer", "picture", "exact", "measure", "export", "estimate", "sweep", "refine")
 QUICK_PRODUCT = 1_500_000_000
 """Multiplications up to which the exact error comes as fast as the hand moves."""
-PROBES_KEPT, SCHEMES_KEPT = 6, 16
-SWEEP_COLUMNS = len(ALPHAS) + 1  # the last: without smoothing
 Publish = Callable[..., None]
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What the user has set. `moving`: α is still under the hand."""
-
-    linear: str
-    alpha: float
-    scheme: Scheme
-    folds: Folds
-    moving: bool = False
 
 
 class Engine:
@@ -79,9 +65,7 @@ class Engine:
         self._group_of = {name: group for group in magnitudes.groups for name in group.consumers}
         self._sample: Sample | None = None
         self._maps: dict[str, Float16[Tensor, "bin channel"]] = {}
-        self._vectors: dict[str, Vectors] = {}
-        self._probes: OrderedDict[str, LinearProbe] = OrderedDict()
-        self._sweeps: OrderedDict[str, Float[np.ndarray, "linear alpha"]] = OrderedDict()
+        self._probes, self._errors = Probes(lm, magnitudes, self._resolved), Errors(len(self._index))
         self._status: dict[str, dict[str, Any]] = {}
         self._status_lock = threading.Lock()
         self._estimator = Estimator(lm, magnitudes, text, self._report)
@@ -95,8 +79,14 @@ class Engine:
     def ask(self, state: State) -> None:
         """α was moved, or let go."""
         self.state = state
+        self._publish(problem="")
         self.worker.cancel("exact", "estimate")
         self._drop_status("estimate")
+        stop = stop_of(state.alpha)
+        known = math.nan if stop is None else float(self._errors.stops(state.linear, state.scheme)[stop])
+        if known >= 0:
+            self._publish(answer=answer_for(state, OutputError(known, False, self._tokens(), 0)))
+            return
         slow = self._multiplications(state.linear) > QUICK_PRODUCT
         self.worker.submit("answer", lambda turn: self._answer(turn, state, exact=not slow), interrupt=False)
         if slow and not state.moving:
@@ -146,13 +136,10 @@ class Engine:
 
     def sweeps_of(self, scheme: Scheme) -> Float[np.ndarray, "linear alpha"]:
         """Swept errors by linear: NaN where not swept, −1 where not finite; the last column is without smoothing."""
-        key = scheme_key(scheme)
-        if key not in self._sweeps:
-            self._sweeps[key] = np.full((len(self._index), SWEEP_COLUMNS), np.nan, dtype="<f4")
-            while len(self._sweeps) > SCHEMES_KEPT:
-                self._sweeps.popitem(last=False)
-        self._sweeps.move_to_end(key)
-        return self._sweeps[key]
+        return self._errors.sweeps(scheme)
+
+    def _tokens(self) -> int:
+        return 0 if self._sample is None else len(self._sample.tokens)
 
     def publish_sweeps(self) -> None:
         """The sweeps of the present scheme, as far as they are."""
@@ -182,9 +169,14 @@ class Engine:
     def _answer(self, turn: Turn, state: State, *, exact: bool) -> None:
         probe = self._probe(state.linear, state.scheme)
         if probe is None:
+            if not self.worker.busy("measure"):  # it failed before, or this is the first question after that
+                self._submit("measure", self._measure)
             return  # the measuring job asks again once the activations are there
         found = probe.exact(state.alpha, turn) if exact else probe.coarse(state.alpha, turn)
         turn.check()
+        stop = stop_of(state.alpha)
+        if stop is not None and not found.sampled and math.isfinite(found.frobenius):
+            self._errors.stops(state.linear, state.scheme)[stop] = found.frobenius
         self._publish(answer=answer_for(state, found))
 
     def _picture(self, turn: Turn, linear: str) -> None:
@@ -244,13 +236,34 @@ class Engine:
         finally:
             self._drop_status("sweep")
         self.publish_sweeps()
+        self._submit("refine", self._refine)
+
+    def _refine(self, turn: Turn) -> None:
+        """The exact error at every stop of the slider, from α outwards, where that takes a second or two at most."""
+        state = self.state
+        if self._multiplications(state.linear) > QUICK_PRODUCT:
+            return
+        probe, errors = self._probe(state.linear, state.scheme), self._errors.stops(state.linear, state.scheme)
+        here, pace = round(state.alpha * (STOPS - 1)), Pace(4)
+        for stop in sorted(range(STOPS), key=lambda stop: abs(stop - here)):
+            turn.check("refining")
+            if probe is not None and np.isnan(errors[stop]):
+                found = probe.exact(stop / (STOPS - 1), turn).frobenius
+                errors[stop] = found if math.isfinite(found) else -1.0
+                if pace.due():
+                    self._publish_stops(state)
+        self._publish_stops(state)
+
+    def _publish_stops(self, state: State) -> None:
+        errors = self._errors.stops(state.linear, state.scheme)
+        self._publish(stops_for=stops_key(state.linear, state.scheme), stops=errors.tobytes())
 
     def _sweep_one(self, turn: Turn, linear: str, scheme: Scheme) -> None:
         row = self.sweeps_of(scheme)[self._index[linear]]
         if self._x(linear) is None or not np.isnan(row[0]):
             return
         exact = self._multiplications(linear) <= QUICK_PRODUCT
-        asked: list[float | Tensor] = [*ALPHAS, torch.ones(self._vectors_of(linear).x_absmax.shape)]
+        asked: list[float | Tensor] = [*ALPHAS, torch.ones(self._probes.vectors(linear).x_absmax.shape)]
         values = np.full(SWEEP_COLUMNS, -1.0, dtype="<f4")
         try:
             probe = self._probe(linear, scheme)
@@ -268,26 +281,10 @@ class Engine:
     def _x(self, linear: str) -> Float[Tensor, "token channel"] | None:
         return None if self._sample is None else self._sample.get(self._group_of[linear].name)
 
-    def _vectors_of(self, linear: str) -> Vectors:
-        group = self._group_of[linear].name
-        if group not in self._vectors:
-            self._vectors[group] = vectors(self.lm, self.magnitudes, self._resolved[group])
-        return self._vectors[group]
-
     def _probe(self, linear: str, scheme: Scheme) -> LinearProbe | None:
         """The probe of a linear under a scheme; None while its input is not measured."""
         x = self._x(linear)
-        if x is None:
-            return None
-        if linear not in self._probes:
-            found, stats = self._vectors_of(linear), self.magnitudes.inputs[linear]
-            w = own_weight(self.lm, linear, found.expert)
-            bounds = (stats.minimum, stats.maximum) if found.expert is None else None
-            self._probes[linear] = LinearProbe(x, w, found.s_x, found.s_w, scheme, x_range=bounds)
-            while len(self._probes) > PROBES_KEPT:
-                self._probes.popitem(last=False)
-        self._probes.move_to_end(linear)
-        return self._probes[linear].with_scheme(scheme)
+        return None if x is None else self._probes.probe(linear, scheme, x)
 
     def _multiplications(self, linear: str) -> int:
         weights = self.magnitudes.weights[linear]
@@ -329,16 +326,3 @@ class Engine:
 
     def _failed(self, lane: str, error: Exception) -> None:
         self._publish(problem=f"{type(error).__name__}: {error}")
-
-
-def answer_for(state: State, found: OutputError) -> dict[str, Any]:
-    """An error, and the state it belongs to, as the page takes it."""
-    return {
-        "linear": state.linear,
-        "scheme": scheme_key(state.scheme),
-        "alpha": state.alpha,
-        "error": found.frobenius if math.isfinite(found.frobenius) else None,
-        "how": "sampled" if found.sampled else "exact",
-        "tokens": found.tokens,
-        "rest": not state.moving,
-    }

@@ -7,7 +7,7 @@ cancel button nor a slider waits for more than one block of one segment.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqviz.corpus.segments import Text
 from sqviz.models.linears import groups
@@ -16,11 +16,8 @@ from sqviz.observe.magnitudes import Magnitudes
 from sqviz.quant.linear import quantize
 from sqviz.quant.smooth import smooth
 from sqviz.widgets.smoothing_sample import held_tokens, longest
-from sqviz.widgets.smoothing_state import scheme_key
+from sqviz.widgets.smoothing_state import State, scheme_key
 from sqviz.widgets.worker import Turn
-
-if TYPE_CHECKING:
-    from sqviz.widgets.smoothing_engine import State
 
 SEGMENTS, LENGTH = 8, 128
 BLOCKS_AT_ONCE = 2
@@ -39,7 +36,7 @@ class Estimator:
         self._lm, self._magnitudes, self._text, self._report = lm, magnitudes, text, report
         self._reference: float | None = None
 
-    def run(self, turn: Turn, state: "State") -> dict[str, Any]:
+    def run(self, turn: Turn, state: State) -> dict[str, Any]:
         """{reference, value: perplexities, tokens, alpha, scheme, folds}. Raises `Cancelled` within a block's time."""
         self._report("estimate", 0, 1, "reading held text")
         tokens = held_tokens(self._lm, self._magnitudes, self._text, SEGMENTS * LENGTH)
@@ -60,7 +57,7 @@ class Estimator:
             "folds": state.folds,
         }
 
-    def _build(self, turn: Turn, state: "State") -> LM:
+    def _build(self, turn: Turn, state: State) -> LM:
         """The smoothed and quantised model, quantised a few blocks at a time."""
         self._report("estimate", 0, 1, "smoothing")
         online = smooth_online(self._lm)

@@ -103,6 +103,16 @@ const paintCells = (cells, rows, columns, { floor, stride, part }, span, lut, lo
   return count;
 };
 
+// How many cells lie below their floor.
+const countLost = (cells, rows, columns, { floor, stride, part }) => {
+  let count = 0;
+  for (let r = 0, i = 0; r < rows; r++) {
+    const base = r * stride;
+    for (let p = 0; p < columns; p++, i++) if (cells[i] < floor[base + part[p]]) count++;
+  }
+  return count;
+};
+
 // ---- the error curve ------------------------------------------------------------------------------------------------
 
 const usable = (error) => Number.isFinite(error) && error > 0;

@@ -4,6 +4,7 @@
 
 const CHANNEL_SIDE = { left: 52, right: 12 };
 const COLOUR_DECADES = 3; // where nothing is quantised
+const COUNTED_CELLS = 600_000; // up to so many, what rounds to 0 is counted in every cell, not only in those shown
 const NO_FLOOR = DEAD + 1; // nothing but an exact zero lies below
 
 const groupSize = (word) => Number(/^per-group\((\d+)\)$/.exec(word)?.[1] ?? 0);
@@ -29,28 +30,41 @@ function floorsOf(word, below, cells, rows, columns, rowMax, channelOf) {
   return { floor, stride: size ? stride : 0, part };
 }
 
+// Cells after scaling, and the floors that the scheme gives them, at a resolution of at most rows × columns.
+function makeCells() {
+  let [pooled, source, cells, rowMax] = [null, null, new Int16Array(0), new Int16Array(0)];
+  return (data, channels, order, shifts, limit, rounding) => {
+    if (source !== data.codes || pooled.wanted !== limit.rows) {
+      pooled = { ...poolRows(data.codes, data.rows, channels, limit.rows), wanted: limit.rows };
+      source = data.codes;
+    }
+    const columns = Math.min(channels, limit.columns), { rows } = pooled;
+    if (cells.length !== rows * columns) cells = new Int16Array(rows * columns);
+    if (rowMax.length !== rows) rowMax = new Int16Array(rows);
+    shiftCells(pooled.codes, rows, channels, shifts, columns, cells, rowMax);
+    const channelOf = groupSize(rounding.word) ? Int32Array.from({ length: columns }, (_, p) => order[Math.floor(((p + 0.5) * channels) / columns)]) : null;
+    const floors = rounding.fixed ?? floorsOf(rounding.word, halfStep(rounding, data.range), cells, rows, columns, rowMax, channelOf);
+    return { cells, rows, columns, floors };
+  };
+}
+
 // One map: codes [row][channel] in, a raster of at most `rows` × `columns` cells out.
 function makeMap() {
-  const raster = makeRaster();
-  let [pooled, source, cells, rowMax] = [null, null, new Int16Array(0), new Int16Array(0)];
+  const raster = makeRaster(), shown = makeCells(), whole = makeCells();
   return {
     raster,
-    // Paints; returns {columns, rows, lost: share of cells that round to 0}.
+    // Paints; returns {columns, rows, lost: share of cells that round to 0, exact: counted in all cells, not in those shown}.
     shade(data, channels, order, shifts, limit, rounding, colours) {
-      if (source !== data.codes || pooled.wanted !== limit.rows) {
-        pooled = { ...poolRows(data.codes, data.rows, channels, limit.rows), wanted: limit.rows };
-        source = data.codes;
-      }
-      const columns = Math.min(channels, limit.columns), { rows } = pooled;
-      if (cells.length !== rows * columns) cells = new Int16Array(rows * columns);
-      if (rowMax.length !== rows) rowMax = new Int16Array(rows);
-      shiftCells(pooled.codes, rows, channels, shifts, columns, cells, rowMax);
-      const channelOf = groupSize(rounding.word) ? Int32Array.from({ length: columns }, (_, p) => order[Math.floor(((p + 0.5) * channels) / columns)]) : null;
-      const floors = rounding.fixed ?? floorsOf(rounding.word, halfStep(rounding, data.range), cells, rows, columns, rowMax, channelOf);
-      const pixels = raster.fit(columns, rows);
+      const { cells, rows, columns, floors } = shown(data, channels, order, shifts, limit, rounding);
       const nothing = rounding.word === "none" ? colours.lut[0] : colours.lost;
-      const lost = paintCells(cells, rows, columns, floors, halfStep(rounding, data.range), colours.lut, nothing, pixels);
-      return { columns, rows, lost: lost / (rows * columns) };
+      let count = paintCells(cells, rows, columns, floors, halfStep(rounding, data.range), colours.lut, nothing, raster.fit(columns, rows));
+      let total = rows * columns;
+      const all = data.rows * channels, exact = total === all || all <= COUNTED_CELLS;
+      if (exact && total < all) { // the share must not depend on how wide the window is
+        const every = whole(data, channels, order, shifts, { rows: data.rows, columns: channels }, rounding);
+        [count, total] = [countLost(every.cells, every.rows, channels, every.floors), all];
+      }
+      return { columns, rows, lost: count / total, exact };
     },
   };
 }
@@ -78,7 +92,8 @@ function makeLegend(lut) {
       zero.style.background = lostColour(theme);
       zero.hidden = word === "none";
       const top = 2 ** (bits - 1) - 1;
-      [least.textContent, most.textContent] = word === "none" ? ["1/1000", "largest"] : ["0   1", `${top}`];
+      const texts = word === "none" ? ["1/1000", "largest"] : ["0   1", `${top}`];
+      [least, most].forEach((node, i) => setText(node, texts[i]));
       frame.title = word === "none" ? "Size next to the largest, log scale" : `The integer a cell becomes, 0 to ${top}, log scale; the largest of what shares the cell`;
     },
   };
@@ -148,14 +163,17 @@ function makeMapPanel(parent, store, side) {
       if (shifts.length !== now.s.length) shifts = new Int16Array(now.s.length);
       codeShifts(now.s, data.range, isX ? -1 : 1, shifts);
       const was = lost(now, data, limit);
-      legend.update(way, theme);
+      panel.write = () => legend.update(way, theme);
+      store.later();
       if (data.rows === 0) return drawMissing(context, box, theme, store.live);
       const drawn = map.shade(data, now.pack.channels, now.pack.order, shifts, limit, way, colours);
       map.raster.paint(context, box);
       panel.drawn = drawn;
       const most = (values) => number(values.reduce((a, b) => Math.max(a, b), 0));
       const [from, to] = isX ? [now.pack.x.absmax, now.xAfter] : [now.w.absmax, now.wAfter];
-      facts.textContent = `largest ${before(most(from), most(to))}${way.word === "none" ? "" : `  ·  rounds to 0: ${before(percent(was), percent(drawn.lost))}`}`;
+      const text = `largest ${before(most(from), most(to))}${way.word === "none" ? "" : `  ·  rounds to 0: ${drawn.exact ? "" : "≈ "}${before(percent(was), percent(drawn.lost))}`}`;
+      panel.write = () => (legend.update(way, theme), setText(facts, text));
+      Object.assign(panel.canvas.dataset, { cells: `${drawn.columns}x${drawn.rows}`, drawn: `${store.linear} ${store.alpha}` });
       drawMapAxes(context, box, theme, { isX, channels: now.pack.channels, rows: isX ? data.rows * now.pack.tokensPerRow : data.out, sorted: store.sorted });
     },
   });

@@ -6,6 +6,7 @@ A scheme crosses to the page as a dict of strings, numbers and booleans:
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from sqviz.errors import NoSuchLayer, SqvizError
 from sqviz.models.linears import linear_names
 from sqviz.models.lm import LM
 from sqviz.observe.magnitudes import QUANTILES, GroupInfo, Magnitudes
+from sqviz.quant.error import OutputError
 from sqviz.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from sqviz.quant.plan import Folds
 from sqviz.quant.schemes import PRESETS, Scheme
@@ -190,3 +192,27 @@ def first_linear(magnitudes: Magnitudes) -> str:
         return float(usual.max()) / max(float(usual.median()), 1e-30)
 
     return max((group.name for group in groups), key=spread)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What the user has set. `moving`: α is still under the hand."""
+
+    linear: str
+    alpha: float
+    scheme: Scheme
+    folds: Folds
+    moving: bool = False
+
+
+def answer_for(state: State, found: OutputError) -> dict[str, Any]:
+    """An error, and the state it belongs to, as the page takes it."""
+    return {
+        "linear": state.linear,
+        "scheme": scheme_key(state.scheme),
+        "alpha": state.alpha,
+        "error": found.frobenius if math.isfinite(found.frobenius) else None,
+        "how": "sampled" if found.sampled else "exact",
+        "tokens": found.tokens,
+        "rest": not state.moving,
+    }

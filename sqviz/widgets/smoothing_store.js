@@ -5,6 +5,7 @@ const KEEP_PACKS = 24; // groups kept ready in the page
 const KEEP_ANSWERS = 9; // values where the hand has rested, shown as dots, per linear and scheme
 const KEEP_TIMINGS = 2000;
 
+const setText = (node, text) => node.textContent !== text && (node.textContent = text); // an equal text costs a layout too
 const schemeKey = (s) => [s.activation, s.weight, s.static, s.bits, s.weight_bits, s.symmetric].join("|");
 
 // A pack made ready to draw: logarithms taken, columns in the order wanted, the weight maps by linear name.
@@ -89,8 +90,17 @@ function makeStore(model) {
       store.sweeps = model.get("sweeps_for") === schemeKey(store.scheme) ? asFloat32(model.get("sweeps")) : new Float32Array(0);
     },
 
+    // Exact errors of the linear in view at every stop of the slider, as far as they are known.
+    stops: new Float32Array(0),
+    tokens: 0, // of the sample text, known from the first exact answer
+    takeStops() {
+      const here = `${store.linear}|${schemeKey(store.scheme)}`;
+      store.stops = model.get("stops_for") === here ? asFloat32(model.get("stops")) : new Float32Array(0);
+    },
+
     takeAnswer(answer) {
       if (!answer || !answer.linear) return;
+      if (answer.how === "exact") store.tokens = answer.tokens;
       const key = `${answer.linear}|${answer.scheme}`;
       const old = answers.get(key) ?? [], same = old.find((known) => known.alpha === answer.alpha);
       if (same?.how === "exact" && answer.how !== "exact") return;
@@ -104,6 +114,8 @@ function makeStore(model) {
     reading() {
       const answer = store.answers().find((known) => Math.abs(known.alpha - alpha) < 1e-9);
       if (answer) return answer;
+      const exact = store.stops[Math.round(alpha * (store.stops.length - 1))];
+      if (usable(exact)) return { error: exact, how: "exact", tokens: store.tokens };
       const sweep = store.sweepOf(store.linear);
       if (!sweep) return { error: NaN, how: "" };
       if (sweep[0] < 0) return { error: NaN, how: "failed" };
@@ -122,6 +134,7 @@ function makeStore(model) {
   takePacks(model.get("picture"));
   takePacks(model.get("embedded"));
   store.takeSweeps();
+  store.takeStops();
   store.takeAnswer(model.get("answer"));
   return store;
 }

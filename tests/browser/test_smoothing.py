@@ -148,7 +148,7 @@ def test_what_fails_in_the_kernel_is_shown_in_the_view(lab_page):
     page.locator(".sm-range").wait_for(timeout=WAIT_MS)
     wait_for_exact(page)
     lab.run("def broken(*_): raise RuntimeError('the kernel is out of luck')\nview._engine._probe = broken")
-    press(page, "PageUp")
+    page.get_by_label("Scheme", exact=True).select_option("ZEROQUANT")
     problem = page.locator(".sm-problem")
     problem.wait_for(timeout=WAIT_MS)
     assert "the kernel is out of luck" in problem.inner_text()

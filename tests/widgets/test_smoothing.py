@@ -69,6 +69,19 @@ def test_the_sweep_holds_every_alpha_of_the_same_linear_in_every_layer(explore, 
         assert rows[name] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_the_stops_of_the_slider_are_computed_ahead(explore, lm, magnitudes, monkeypatch):
+    explorer = settle(explore(linear="model.layers.1.mlp.gate_proj"))
+    stops = np.frombuffer(explorer.stops, "<f4")
+    assert explorer.stops_for == f"{explorer.linear}|{scheme_key(sqviz.W8A8)}"
+    assert len(stops) == 101
+    for stop in (0, 37, 100):
+        assert stops[stop] == pytest.approx(definition(lm, magnitudes, explorer.linear, stop / 100), rel=1e-4)
+    monkeypatch.setattr(explorer._engine, "_probe", lambda *_: pytest.fail("nothing is left to compute"))
+    explorer.set_state({"alpha": 0.37, "moving": True})
+    assert explorer.answer["error"] == pytest.approx(float(stops[37]))
+    assert explorer.answer["how"] == "exact"
+
+
 def test_a_large_linear_is_sampled_under_the_hand_and_exact_at_rest(explore, monkeypatch):
     monkeypatch.setattr(smoothing_engine, "QUICK_PRODUCT", 0)
     explorer = settle(explore())
@@ -221,12 +234,13 @@ def test_the_model_is_left_alone_and_its_own_passes_are_not_seen(explore, lm, ma
 def test_an_error_in_the_worker_is_shown_and_the_view_goes_on(explore, monkeypatch):
     explorer = settle(explore())
     monkeypatch.setattr(explorer._engine, "_probe", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
-    explorer.alpha = 0.9
+    explorer.alpha = 0.905  # no stop of the slider: the error there is not known yet
     settle(explorer)
     assert explorer.problem == "RuntimeError: out of luck"
     monkeypatch.undo()
-    explorer.alpha = 0.8
-    assert settle(explorer).answer["alpha"] == 0.8
+    explorer.alpha = 0.805
+    assert settle(explorer).answer["alpha"] == 0.805
+    assert explorer.problem == ""
 
 
 def test_infinite_activations_give_a_message_and_no_number(explore, lm, magnitudes, monkeypatch):
