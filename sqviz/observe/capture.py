@@ -99,9 +99,16 @@ def with_maps(lm: LM, magnitudes: Magnitudes, *, map_tokens: int = 256) -> Magni
 def _run(lm: LM, segments: Int[Tensor, "segment token"], batch: int, map_tokens: int, bar: Bar) -> Recorder:
     """All segments through the model; one step of the bar per segment."""
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(1)) if torch.get_num_threads() > 1 else None
+        threads = torch.get_num_threads()
+        pool = stack.enter_context(ThreadPoolExecutor(threads - 1)) if threads > 1 else None
         recorder = Recorder(
-            segments.numel(), segments.shape[1], map_tokens, lm.device, pool, lambda: bar.cancel.check(bar.what)
+            segments.numel(),
+            segments.shape[1],
+            map_tokens,
+            lm.device,
+            pool,
+            threads,
+            lambda: bar.cancel.check(bar.what),
         )
         # no_grad, not inference_mode: a model may keep a tensor of this pass (rope tables), and must still be trainable
         stack.enter_context(torch.no_grad())

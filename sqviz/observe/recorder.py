@@ -43,20 +43,21 @@ class Recorder:
         map_tokens: int,
         device: torch.device,
         pool: ThreadPoolExecutor | None = None,
+        threads: int = 1,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """For a stream of `tokens` in segments of `length`, on `device`.
 
         Args:
             tokens, length, map_tokens, device: see above; `map_tokens` rows at most in the maps of the first segment.
-            pool: takes half of the larger reductions on the CPU.
+            pool, threads: share the larger reductions on the CPU; `threads` counts the calling one too.
             check: called before each reduction; raises to stop.
         """
         self.reducers: dict[str, Reducer] = {}
         self.expert_absmax: dict[str, dict[int, Float[Tensor, " channel"]]] = {}
         self.expert_tokens: dict[str, dict[int, int]] = {}
         self.first = MapRecorder(map_tokens, length)
-        self._length, self._pool, self._check = length, pool, check
+        self._length, self._pool, self._threads, self._check = length, pool, threads, check
         self._stream = torch.arange(tokens, device=device)
         self._now = slice(0, 0)
 
@@ -104,7 +105,7 @@ class Recorder:
 
     def _reducer(self, group: Group, x: Float[Tensor, "row channel"]) -> Reducer:
         if group.name not in self.reducers:
-            self.reducers[group.name] = make_reducer(x.shape[1], len(self._stream), x.device, self._pool)
+            self.reducers[group.name] = make_reducer(x.shape[1], len(self._stream), x.device, self._pool, self._threads)
         return self.reducers[group.name]
 
 

@@ -8,6 +8,7 @@ Memory per input: histogram 1.3 kB per channel, 32 bytes per channel beside it, 
 import dataclasses
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -123,45 +124,58 @@ class TorchReducer(_Accumulators):
 
 
 class CpuReducer(TorchReducer):
-    """The same in one pass over x, on the CPU. A pool, where given, takes half of the channels of large inputs."""
+    """The same in one pass over x, on the CPU, with the channels of large inputs dealt out to the threads of a pool."""
 
-    def __init__(self, channels: int, tokens: int, pool: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, channels: int, tokens: int, pool: ThreadPoolExecutor | None = None, threads: int = 1) -> None:
         super().__init__(channels, tokens, "cpu")
-        self._pool = pool
+        self._pool, self._threads = pool, threads
         self._peak_row = torch.empty(channels, dtype=torch.int64)
 
     def add(self, x: Float[Tensor, "row channel"], tokens: Int[Tensor, " row"]) -> None:
         """See Reducer."""
-        from sqviz.observe.reduce_cpu import BLOCK, reduce_block
+        from sqviz.observe.reduce_cpu import reduce_block
 
         if not len(x):
             return
         x = x.detach().to(torch.float32).contiguous()
-        channels = x.shape[1]
-        middle = channels // 2 // BLOCK * BLOCK if self._pool and x.numel() >= THREAD_ELEMENTS else 0
-        row_bits, row_channel = torch.zeros(2, len(x), dtype=torch.int32), torch.zeros(2, len(x), dtype=torch.int32)
+        parts = self._parts(x)
+        row_bits, row_channel = torch.zeros(2, len(parts), len(x), dtype=torch.int32)
         self._peak_row.fill_(-1)
+        arrays = x.numpy(), x.view(torch.int32).numpy()
+        accumulators = [t.numpy() for t in (self.low, self.high, self.total, self.histogram.view(-1), self._peak_row)]
 
         def reduce(part: int, first: int, stop: int) -> None:
             reduce_block(*arrays, first, stop, *accumulators, row_bits[part].numpy(), row_channel[part].numpy())
 
-        arrays = x.numpy(), x.view(torch.int32).numpy()
-        accumulators = [t.numpy() for t in (self.low, self.high, self.total, self.histogram.view(-1), self._peak_row)]
-        other = self._pool.submit(reduce, 1, 0, middle) if self._pool and middle else None
-        reduce(0, middle, channels)
-        if other:
+        others = [self._pool.submit(reduce, part, *parts[part]) for part in range(1, len(parts)) if self._pool]
+        reduce(0, *parts[0])
+        for other in others:
             other.result()
-        larger = row_bits[1] >= row_bits[0] if middle else torch.zeros(1, dtype=torch.bool)
-        absmax = torch.where(larger, row_bits[1], row_bits[0]).view(torch.float32)
-        self._keep_larger(tokens, absmax, torch.where(larger, row_channel[1], row_channel[0]))
+        largest, channel = row_bits[0], row_channel[0]
+        for bits, where in zip(row_bits[1:], row_channel[1:], strict=True):  # the first of equal channels stays
+            channel = torch.where(bits > largest, where, channel)
+            largest = torch.maximum(bits, largest)
+        self._keep_larger(tokens, largest.view(torch.float32), channel)
         self.peak_token = torch.where(self._peak_row >= 0, tokens[self._peak_row], self.peak_token)
         self.rows += len(x)
 
+    def _parts(self, x: Float[Tensor, "row channel"]) -> list[tuple[int, int]]:
+        """(first, stop) channel per thread, in whole blocks."""
+        from sqviz.observe.reduce_cpu import BLOCK
 
-def make_reducer(channels: int, tokens: int, device: torch.device, pool: ThreadPoolExecutor | None = None) -> Reducer:
+        channels = x.shape[1]
+        blocks = -(-channels // BLOCK)
+        count = max(1, min(self._threads if self._pool else 1, blocks, x.numel() // THREAD_ELEMENTS))
+        edges = [min(channels, blocks * part // count * BLOCK) for part in range(count + 1)]
+        return list(pairwise(edges))
+
+
+def make_reducer(
+    channels: int, tokens: int, device: torch.device, pool: ThreadPoolExecutor | None = None, threads: int = 1
+) -> Reducer:
     """The reducer for inputs of so many channels on this device, and a calibration stream of so many tokens."""
     if device.type == "cpu":
-        return CpuReducer(channels, tokens, pool)
+        return CpuReducer(channels, tokens, pool, threads)
     return TorchReducer(channels, tokens, device)
 
 

@@ -39,12 +39,17 @@ def _extremes(row, low, high, total):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _buckets(row, index):  # type: ignore[no-untyped-def]
-    """The bucket of every element (see buckets.bucket) into `index`; returns the bits of the row's absmax."""
+def _buckets(row, index, peak, peak_row, number):  # type: ignore[no-untyped-def]
+    """The bucket of every element (see buckets.bucket) into `index`; returns the bits of the row's absmax.
+
+    Where an element is larger than its channel's `peak` (bits), that becomes it, and `peak_row` the row's `number`.
+    """
     most = _ZERO
     for c in range(row.shape[0]):
         bits = _i(row[c] & _MAGNITUDE)
         most = bits if bits > most else most
+        peak_row[c] = number if bits > peak[c] else peak_row[c]
+        peak[c] = bits if bits > peak[c] else peak[c]
         high = _i(bits >> _EIGHT)
         m = _i(high & _MANTISSA)
         bend = _i(_i(m * _i(_ONE - m)) >> _FIFTEEN)
@@ -65,15 +70,6 @@ def _count(histogram, start, index, width):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _first_row(column, magnitude):  # type: ignore[no-untyped-def]
-    """The first row in which a channel reaches its new absmax."""
-    for row in range(column.shape[0]):
-        if abs(column[row]) == magnitude:
-            return row
-    return 0
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
 def reduce_block(x, bits, first, stop, low, high, total, histogram, peak_row, row_bits, row_channel):  # type: ignore[no-untyped-def]
     """Reduce the channels first ≤ c < stop of x [row channel] into the accumulators.
 
@@ -87,16 +83,18 @@ def reduce_block(x, bits, first, stop, low, high, total, histogram, peak_row, ro
         which it is.
     """
     index, sums = np.zeros(BLOCK, np.uint32), np.empty(BLOCK, np.float32)
-    before = np.empty(BLOCK, np.float32)
+    peak, block_row = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
+    bits_of = peak.view(np.float32)
     for start in range(first, stop, BLOCK):
         width = min(BLOCK, stop - start)
         block_low, block_high, block_sums = low[start : start + width], high[start : start + width], sums[:width]
         block_sums[:] = 0.0
         for c in range(width):
-            before[c] = max(block_high[c], -block_low[c])
+            bits_of[c] = max(block_high[c], -block_low[c], np.float32(0.0))
+            block_row[c] = _i(-1)
         for row in range(x.shape[0]):
             _extremes(x[row, start : start + width], block_low, block_high, block_sums)
-            most = _buckets(bits[row, start : start + width], index)
+            most = _buckets(bits[row, start : start + width], index, peak, block_row, _i(row))
             if most > row_bits[row]:
                 row_bits[row] = most
                 for c in range(width):
@@ -106,6 +104,5 @@ def reduce_block(x, bits, first, stop, low, high, total, histogram, peak_row, ro
             _count(histogram, start, index, width)
         for c in range(width):
             total[start + c] += block_sums[c]
-            magnitude = max(block_high[c], -block_low[c])
-            if magnitude > before[c]:
-                peak_row[start + c] = _first_row(x[:, start + c], magnitude)
+            if block_row[c] >= 0:
+                peak_row[start + c] = block_row[c]

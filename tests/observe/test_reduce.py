@@ -108,12 +108,15 @@ def test_quantiles_of_long_heavy_tailed_streams_are_within_five_percent(seed: in
     np.testing.assert_allclose(cpu.mean.numpy(), np.abs(x).mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
 @pytest.mark.parametrize("channels", [1, 256, 300, 1000])
-def test_two_threads_give_what_one_gives(channels: int) -> None:
+def test_several_threads_give_what_one_gives(channels: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sqviz.observe.reduce.THREAD_ELEMENTS", 1000)
     x = torch.randn(600, channels) * torch.randn(channels).exp()
     x[::7] = 3.0  # the first of equal channels counts, whichever thread has it
-    with ThreadPoolExecutor(1) as pool:
-        one, two = CpuReducer(channels, 600), CpuReducer(channels, 600, pool)
+    with ThreadPoolExecutor(threads - 1) as pool:
+        one, two = CpuReducer(channels, 600), CpuReducer(channels, 600, pool, threads)
+        assert len(two._parts(x)) == min(threads, -(-channels // 128))
         for reducer in (one, two):
             reducer.add(x, torch.arange(600))
         assert_same(one.finish(LEVELS), two.finish(LEVELS))
