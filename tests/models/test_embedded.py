@@ -126,7 +126,7 @@ def test_cancelling_the_conversion_kills_it(cache_folder, tiny_source, tiny_whee
 
 
 def no_child(name):
-    return not any(name in " ".join(child.cmdline()) for child in psutil.Process().children(recursive=True))
+    return not any(name in child.cmdline() for child in psutil.Process().children(recursive=True))
 
 
 # --- pip itself
