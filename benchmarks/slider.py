@@ -7,6 +7,7 @@ Measured in the page, from the input event (its own time stamp):
     exact error        α moved → the exact error from the kernel stands in the view, for linears of the embedded model
     … kernel busy      the same while a cell multiplies matrices
     … while sweeping   the same while the worker sweeps all layers under a new scheme
+    … worker ahead     the same once the worker has computed every stop of the slider (it does, after the sweep)
     large              a synthetic linear of 4096 × 11008: the sampled error, and the exact one
     echo               a bare ipywidgets IntSlider → observe in the kernel → Label: the floor of any kernel round trip
     next layer         another linear opened → its picture is painted
@@ -37,7 +38,7 @@ m = sqviz.capture(lm, sqviz.text(), samples=2, length=512, map_tokens=512, progr
 EMBEDDED = """
 view = sqviz.explore_smoothing(lm, m, linear="model.layers.12.self_attn.q_proj", map_height=520)
 ahead = view._engine._refine  # computes the exact error at every stop of the slider while nobody asks
-view._engine._refine = lambda turn: None  # off, where the round trip to the kernel is measured
+view._engine._refine = lambda turn, state: None  # off, where the round trip to the kernel is measured
 display(view)
 """
 LARGE = """
@@ -59,6 +60,7 @@ large = sqviz.wrap(model.eval())
 ids = torch.randint(0, 131, (512,))
 large_m = sqviz.capture(large, ids, samples=1, length=512, map_tokens=256, progress=False)
 large_view = sqviz.explore_smoothing(large, large_m, text=ids, linear="0.mlp.gate_proj")
+large_view._engine._refine = lambda turn, state: None
 display(large_view)
 """
 ECHO = """
@@ -77,6 +79,7 @@ alpha.add_class("bench-plotly")
 alpha.observe(lambda change: setattr(figure.data[0], "z", cells / (x_max ** (change["new"] / 400))), names=["value"])
 display(alpha, figure)
 """
+VIEW_CELL, LARGE_CELL, ECHO_CELL, PLOTLY_CELL = 1, 2, 3, 4
 # One measurement each: `before` arms it and returns a promise of the milliseconds since the next input event.
 PAGE = """() => {
     const painted = () => new Promise(done => requestAnimationFrame(() => {
@@ -106,10 +109,13 @@ PAGE = """() => {
         return await wait() - start;
     };
     window.bench = {
-        // The page writes a text of its own first ("read off the curve"); the kernel's, which fits, follows.
-        text: (selector, pattern, place) => {
-            const node = document.querySelectorAll(selector)[place];
-            return since(() => until(node, () => new RegExp(pattern).test(node.textContent), text));
+        // The view shows the new α with a source that fits: at first "read off the curve", then the kernel's.
+        shown: (place, pattern) => {
+            const node = document.querySelectorAll('.sm-reading')[place];
+            const alpha = () => node.querySelector('.sm-big').textContent, old = alpha();
+            const source = node.querySelector('.sm-source'), wanted = new RegExp(pattern);
+            const fits = () => alpha() !== old && wanted.test(source.textContent);
+            return since(() => until(node, fits, text));
         },
         echo: () => {
             const node = document.querySelector('.bench-label'), old = node.textContent;
@@ -126,6 +132,14 @@ PAGE = """() => {
         },
     };
 }"""
+
+
+def alone(page: Page, cell: int) -> None:
+    """Leave only this cell in view, so that what stands beside it in the notebook costs it nothing."""
+    hide = """(cell) => document.querySelectorAll('.jp-Notebook .jp-Cell').forEach((node, place) => {
+        node.style.display = place === cell ? '' : 'none'; })"""
+    page.evaluate(hide, cell)
+    page.wait_for_timeout(250)
 
 
 def press(page: Page, selector: str, key: str, place: int = 0) -> None:
@@ -178,17 +192,19 @@ def run(rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
         )
         print(f"cells of |X/s| shown: {cells}", flush=True)
         linears = ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"]
+        alone(page, VIEW_CELL)
         for turn in range(rounds):
             one_round(page, turn, linears[turn % len(linears)], note)
             print(f"\rround {turn + 1} of {rounds}", end="", flush=True)
         print()
         while_busy(page, rounds, note)
         while_sweeping(page, rounds, note)
+        ahead(page, rounds, note)
     return times, {"cells": cells, "rounds": rounds}
 
 
 def exact(page: Page, place: int, key: str = "ArrowRight", pattern: str = "^exact") -> float:
-    wait = f"window.bench.text('.sm-source', '{pattern}', {place})"
+    wait = f"window.bench.shown({place}, '{pattern}')"
     return measure(page, wait, lambda: press(page, ".sm-range", key, place))
 
 
@@ -198,34 +214,36 @@ def echo(page: Page) -> float:
 
 def one_round(page: Page, turn: int, linear: str, note: Callable[[str, float], None]) -> None:
     """Each measurement once. α goes up by 0.01 at a time, and starts again from 0 with other linears: no α twice."""
-    page.locator(".sqviz.sm").nth(0).scroll_into_view_if_needed()
+    alone(page, ECHO_CELL)
+    note("echo", echo(page))
+    alone(page, VIEW_CELL)
     if turn % 20 == 0:
         kernel(page, f"view.linear = 'model.layers.{12 + turn // 20}.{linear}'\nview.alpha = 0.0")
     kernel(page, f"view.linear = view.linear.rsplit('.', 2)[0] + '.{linear}'")
     settled(page)
     note(f"exact error, {linear}", exact(page, 0))
-    note("echo", echo(page))
+    settled(page)
     note("repaint", repaint(page, 0))
     settled(page)
-    note(
-        "next layer",
-        measure(page, "window.bench.opened(0)", lambda: page.get_by_role("button", name="Next layer").nth(0).click()),
-    )
+    step = page.get_by_role("button", name="Next layer").nth(0)
+    note("next layer", measure(page, "window.bench.opened(0)", step.click))
     settled(page)
     page.get_by_role("button", name="Previous layer").nth(0).click()
     settled(page)
+    alone(page, ECHO_CELL)
+    note("echo", echo(page))
+    alone(page, LARGE_CELL)
     note("large, sampled", exact(page, 1, pattern="^sampled"))
     settled(page, "large_view")
     note("large, exact", exact(page, 1))
     settled(page, "large_view")
     note("large, repaint", repaint(page, 1))
     settled(page, "large_view")
-    note("echo", echo(page))
     if turn % 3 == 0:
-        note(
-            "plotly",
-            measure(page, "window.bench.plotly()", lambda: press(page, ".bench-plotly .noUi-handle", "ArrowRight")),
-        )
+        alone(page, PLOTLY_CELL)
+        key = lambda: press(page, ".bench-plotly .noUi-handle", "ArrowRight")  # noqa: E731
+        note("plotly", measure(page, "window.bench.plotly()", key))
+    alone(page, VIEW_CELL)
 
 
 BUSY = """
@@ -240,7 +258,6 @@ def while_busy(page: Page, rounds: int, note: Callable[[str, float], None]) -> N
     """Repaint, exact error and echo while a cell multiplies matrices."""
     kernel(page, "view.linear = 'model.layers.20.mlp.gate_proj'\nview.alpha = 0.0")
     settled(page)
-    page.locator(".sqviz.sm").nth(0).scroll_into_view_if_needed()
     kernel(page, BUSY.format(seconds=max(10, rounds // 2)), wait=False)
     page.wait_for_timeout(500)
     for _ in range(rounds):
@@ -265,6 +282,14 @@ def while_sweeping(page: Page, rounds: int, note: Callable[[str, float], None]) 
         note("exact error, while sweeping", exact(page, 0))
         note("repaint, while sweeping", repaint(page, 0))
     settled(page)
+
+
+def ahead(page: Page, rounds: int, note: Callable[[str, float], None]) -> None:
+    """As it is for a user who has looked at a linear for a second or two: the worker has been ahead of the hand."""
+    kernel(page, "view._engine._refine = ahead\nview.linear = 'model.layers.22.self_attn.q_proj'\nview.alpha = 0.0")
+    settled(page)
+    for _ in range(rounds):
+        note("exact error, worker ahead", exact(page, 0))
 
 
 LIMITS = {

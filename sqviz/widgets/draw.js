@@ -89,11 +89,11 @@ function makeCanvas(parent, { height, label = "", draw }) {
   frame.append(canvas);
   parent.append(frame);
   const context = canvas.getContext("2d");
-  let [width, tall, waiting, colours] = [0, 0, 0, null];
+  let [width, tall, waiting, colours, fitted] = [0, 0, 0, null, 0];
 
   const paint = () => {
     waiting = 0;
-    width = Math.floor(frame.clientWidth);
+    width = Math.floor(fitted || frame.clientWidth); // to ask for clientWidth at every frame costs a layout of the page
     if (!width || !frame.isConnected) return;
     tall = Math.round(typeof height === "function" ? height(width) : height);
     const ratio = window.devicePixelRatio || 1;
@@ -114,7 +114,10 @@ function makeCanvas(parent, { height, label = "", draw }) {
     canvas.paintMilliseconds = performance.now() - start;
   };
   const redraw = () => (waiting ||= requestAnimationFrame(paint));
-  const resized = new ResizeObserver(redraw);
+  const resized = new ResizeObserver((entries) => {
+    fitted = entries[entries.length - 1].contentRect.width;
+    redraw();
+  });
   resized.observe(frame);
   const stopTheme = onTheme(frame, () => {
     colours = null;

@@ -107,7 +107,7 @@ function makePage(model, el) {
       [error, strip].forEach((panel) => panel.redraw());
       store.later();
     },
-    "change:stops change:stops_for": () => (store.takeStops(), reading.update(store)),
+    "change:stops": () => (store.takeStops(), reading.update(store)),
     "change:answer": () => {
       store.takeAnswer(model.get("answer"));
       reading.update(store); // at once: this is what the hand waits for

@@ -4,9 +4,9 @@ The page (smoothing*.js) computes every frame itself from vectors sent once per 
 (smoothing_engine.py) supplies what needs a matrix product or the model. This file only wires the two.
 
 Traits, both ways: alpha, moving, linear, scheme, folds, estimate_on_release. From the kernel: about, picture, sweeps,
-sweeps_for, stops, stops_for, answer, estimate, status, problem, code. Messages from the page: {"kind": …} with
-"estimate", "cancel" or "export". Arrays travel as packs (smoothing_pack.py), and as float32: sweeps [linear, α…,
-without smoothing], and stops, the exact errors of the linear in view at α = 0, 0.01 … 1.
+sweeps_for, stops, answer, estimate, status, problem, code. Messages from the page: {"kind": …} with "estimate",
+"cancel" or "export". Arrays travel as packs (smoothing_pack.py), and as float32: sweeps [linear, α…, without
+smoothing], and in stops the errors of the linear in view at α = 0, 0.01 … 1.
 """
 
 import threading
@@ -76,8 +76,7 @@ class SmoothingExplorer(View):
     embedded = traitlets.Bytes().tag(sync=True)
     sweeps = traitlets.Bytes().tag(sync=True)
     sweeps_for = traitlets.Unicode().tag(sync=True)
-    stops = traitlets.Bytes().tag(sync=True)
-    stops_for = traitlets.Unicode().tag(sync=True)
+    stops = traitlets.Dict().tag(sync=True)
     answer = traitlets.Dict().tag(sync=True)
     estimate = traitlets.Dict().tag(sync=True)
     status = traitlets.Dict().tag(sync=True)

@@ -8,8 +8,8 @@ The engine is given states and publishes results by name; it knows no widget. Wo
     measure   the activations of the sample text, once (or per block, where all are too many)
     export    sweeps that an exported page needs
     estimate  perplexity of the whole model under a state
-    sweep     the error curve of the linear in view, then of the same linear in every other layer
-    refine    the exact error at every stop of the slider for the linear in view: no stop has to be asked for any more
+    sweep     the error curve of the linear in view; its error at every stop of the slider, so that none has to be asked
+              for any more; then the curve of the same linear in every other layer
 
 Every result says which state it belongs to, so that the page can tell a stale one.
 """
@@ -29,16 +29,16 @@ from sqviz.errors import NonFinite
 from sqviz.models.linears import groups
 from sqviz.models.lm import LM
 from sqviz.observe.magnitudes import Magnitudes
-from sqviz.quant.error import ALPHAS, LinearProbe, OutputError
+from sqviz.quant.error import ALPHAS, LinearProbe
 from sqviz.quant.schemes import Scheme
 from sqviz.widgets.smoothing_estimate import Estimator
 from sqviz.widgets.smoothing_pack import group_pack
-from sqviz.widgets.smoothing_probes import STOPS, SWEEP_COLUMNS, Errors, Probes, stop_of, stops_key
+from sqviz.widgets.smoothing_probes import STOPS, SWEEP_COLUMNS, Errors, Probes
 from sqviz.widgets.smoothing_sample import BUDGET_BYTES, SAMPLE_TOKENS, Sample, held_tokens, longest
 from sqviz.widgets.smoothing_state import State, answer_for, scheme_key
 from sqviz.widgets.worker import Pace, Turn, Worker
 
-LANES = ("answer", "picture", "exact", "measure", "export", "estimate", "sweep", "refine")
+LANES = ("answer", "picture", "exact", "measure", "export", "estimate", "sweep")
 QUICK_PRODUCT = 1_500_000_000
 """Multiplications up to which the exact error comes as fast as the hand moves."""
 Publish = Callable[..., None]
@@ -82,14 +82,12 @@ class Engine:
         self._publish(problem="")
         self.worker.cancel("exact", "estimate")
         self._drop_status("estimate")
-        stop = stop_of(state.alpha)
-        known = math.nan if stop is None else float(self._errors.stops(state.linear, state.scheme)[stop])
-        if known >= 0:
-            self._publish(answer=answer_for(state, OutputError(known, False, self._tokens(), 0)))
-            return
-        slow = self._multiplications(state.linear) > QUICK_PRODUCT
-        self.worker.submit("answer", lambda turn: self._answer(turn, state, exact=not slow), interrupt=False)
-        if slow and not state.moving:
+        quick, known = self._quick(state.linear), self._errors.known(state.linear, state.scheme, state.alpha)
+        if known is not None:
+            self._publish(answer=answer_for(state, known))
+        else:
+            self.worker.submit("answer", lambda turn: self._answer(turn, state, exact=quick), interrupt=False)
+        if not quick and not state.moving:
             self.worker.submit("exact", lambda turn: self._answer(turn, state, exact=True))
 
     def open(self, state: State) -> None:
@@ -138,9 +136,6 @@ class Engine:
         """Swept errors by linear: NaN where not swept, −1 where not finite; the last column is without smoothing."""
         return self._errors.sweeps(scheme)
 
-    def _tokens(self) -> int:
-        return 0 if self._sample is None else len(self._sample.tokens)
-
     def publish_sweeps(self) -> None:
         """The sweeps of the present scheme, as far as they are."""
         scheme = self.state.scheme
@@ -174,9 +169,8 @@ class Engine:
             return  # the measuring job asks again once the activations are there
         found = probe.exact(state.alpha, turn) if exact else probe.coarse(state.alpha, turn)
         turn.check()
-        stop = stop_of(state.alpha)
-        if stop is not None and not found.sampled and math.isfinite(found.frobenius):
-            self._errors.stops(state.linear, state.scheme)[stop] = found.frobenius
+        if exact == self._quick(state.linear):
+            self._errors.learn(state.linear, state.scheme, state.alpha, found)
         self._publish(answer=answer_for(state, found))
 
     def _picture(self, turn: Turn, linear: str) -> None:
@@ -233,36 +227,35 @@ class Engine:
                 self._sweep_one(turn, linear, state.scheme)
                 if linear == state.linear or pace.due():
                     self.publish_sweeps()
+                if linear == state.linear:
+                    self._refine(turn, state)
         finally:
             self._drop_status("sweep")
         self.publish_sweeps()
-        self._submit("refine", self._refine)
+        self._refine(turn, state)
 
-    def _refine(self, turn: Turn) -> None:
-        """The exact error at every stop of the slider, from α outwards, where that takes a second or two at most."""
-        state = self.state
-        if self._multiplications(state.linear) > QUICK_PRODUCT:
-            return
-        probe, errors = self._probe(state.linear, state.scheme), self._errors.stops(state.linear, state.scheme)
+    def _refine(self, turn: Turn, state: State) -> None:
+        """The error at every stop of the slider, from α outwards: exact, or sampled where that would take too long."""
+        if self.sweeps_of(state.scheme)[self._index[state.linear], 0] < 0:
+            return  # there is no error to speak of
+        probe, exact = self._probe(state.linear, state.scheme), self._quick(state.linear)
         here, pace = round(state.alpha * (STOPS - 1)), Pace(4)
         for stop in sorted(range(STOPS), key=lambda stop: abs(stop - here)):
             turn.check("refining")
-            if probe is not None and np.isnan(errors[stop]):
-                found = probe.exact(stop / (STOPS - 1), turn).frobenius
-                errors[stop] = found if math.isfinite(found) else -1.0
-                if pace.due():
-                    self._publish_stops(state)
-        self._publish_stops(state)
-
-    def _publish_stops(self, state: State) -> None:
-        errors = self._errors.stops(state.linear, state.scheme)
-        self._publish(stops_for=stops_key(state.linear, state.scheme), stops=errors.tobytes())
+            alpha = stop / (STOPS - 1)
+            if probe is None or self._errors.known(state.linear, state.scheme, alpha) is not None:
+                continue
+            found = probe.exact(alpha, turn) if exact else probe.coarse(alpha, turn)
+            self._errors.learn(state.linear, state.scheme, alpha, found)
+            if pace.due():
+                self._publish(stops=self._errors.stops(state.linear, state.scheme))
+        self._publish(stops=self._errors.stops(state.linear, state.scheme))
 
     def _sweep_one(self, turn: Turn, linear: str, scheme: Scheme) -> None:
         row = self.sweeps_of(scheme)[self._index[linear]]
         if self._x(linear) is None or not np.isnan(row[0]):
             return
-        exact = self._multiplications(linear) <= QUICK_PRODUCT
+        exact = self._quick(linear)
         asked: list[float | Tensor] = [*ALPHAS, torch.ones(self._probes.vectors(linear).x_absmax.shape)]
         values = np.full(SWEEP_COLUMNS, -1.0, dtype="<f4")
         try:
@@ -286,9 +279,10 @@ class Engine:
         x = self._x(linear)
         return None if x is None else self._probes.probe(linear, scheme, x)
 
-    def _multiplications(self, linear: str) -> int:
+    def _quick(self, linear: str) -> bool:
+        """Whether the exact error comes as fast as the hand moves."""
         weights = self.magnitudes.weights[linear]
-        return SAMPLE_TOKENS * len(weights.out_absmax) * len(weights.channel_absmax)
+        return SAMPLE_TOKENS * len(weights.out_absmax) * len(weights.channel_absmax) <= QUICK_PRODUCT
 
     def _alike(self, linear: str) -> list[str]:
         """The same linear in every layer, from the one in view outwards."""

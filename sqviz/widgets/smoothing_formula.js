@@ -49,13 +49,14 @@ const permuteColumns = (codes, rows, order) => {
 };
 
 const DEAD = -32768; // the shifted code of an exact zero: below every other
+const LEAST = DEAD + 4096; // the largest of cells that are all zero: so far above them that they count as lost
 
 // Shifted codes, max-pooled along channels to `columns` when there are more channels than columns. Int16 [row][column];
-// `rowMax` Int16 [row] receives the largest of each row, from which a per-token step follows.
+// `rowMax` Int16 [row] receives the largest of each row (LEAST at least), from which a per-token step follows.
 const shiftCells = (codes, rows, channels, shifts, columns, out, rowMax) => {
   if (columns >= channels) {
     for (let r = 0, i = 0; r < rows; r++) {
-      let most = DEAD;
+      let most = LEAST;
       for (let j = 0; j < channels; j++, i++) {
         const code = codes[i], value = code === 0 ? DEAD : code + shifts[j];
         out[i] = value;
@@ -66,7 +67,7 @@ const shiftCells = (codes, rows, channels, shifts, columns, out, rowMax) => {
     return;
   }
   for (let r = 0, i = 0, o = 0; r < rows; r++) {
-    let top = DEAD;
+    let top = LEAST;
     for (let p = 0; p < columns; p++, o++) {
       const end = r * channels + Math.floor(((p + 1) * channels) / columns);
       let most = DEAD;
@@ -81,34 +82,42 @@ const shiftCells = (codes, rows, channels, shifts, columns, out, rowMax) => {
   }
 };
 
-// Colours shifted cells by how far they lie above their floor, half a quantisation step: `span` codes above it, where the
-// largest integer is, is the last colour. What lies below rounds to 0 and is painted `lost`. The floor of cell (r, p) is
-// floor[r·stride + part[p]]. Returns how many cells are lost.
-const paintCells = (cells, rows, columns, { floor, stride, part }, span, lut, lost, out) => {
-  const unit = 255 / span;
+// Painting compares a cell with the largest of those that share its quantisation step, `top` (a shifted code): it becomes
+// the integer 127·10^-(distance), and 0 from `below` codes on, half a step. A ground says which top holds for cell (r, p):
+// {top: Int16Array, stride, part: Int32Array [column] or null, below}; it is top[r·stride + (part ? part[p] : 0)].
+const SHADES = 4096, SHADE_BIAS = 1024; // static steps may be exceeded: then the distance is negative
+
+// The colour of every distance from the top, at index distance + SHADE_BIAS.
+const shadesOf = (below, lut, lost, out = new Uint32Array(SHADES)) => {
+  for (let i = 0; i < SHADES; i++) {
+    const distance = i - SHADE_BIAS;
+    out[i] = distance > below ? lost : lut[distance < 0 ? 255 : Math.round(((below - distance) * 255) / below)];
+  }
+  return out;
+};
+
+// Colours shifted cells; returns how many are lost, that is, become 0.
+const paintCells = (cells, rows, columns, { top, stride, part, below }, shades, out) => {
+  const limit = Math.floor(below) + SHADE_BIAS, last = SHADES - 1;
   let count = 0;
   for (let r = 0, i = 0; r < rows; r++) {
-    const base = r * stride;
+    const base = r * stride, most = (part ? 0 : top[base]) + SHADE_BIAS;
     for (let p = 0; p < columns; p++, i++) {
-      const above = cells[i] - floor[base + part[p]];
-      if (above < 0) {
-        out[i] = lost;
-        count++;
-      } else {
-        const level = (above * unit + 0.5) | 0;
-        out[i] = lut[level > 255 ? 255 : level];
-      }
+      const at = (part ? top[base + part[p]] + SHADE_BIAS : most) - cells[i];
+      out[i] = shades[at < 0 ? 0 : at > last ? last : at];
+      if (at > limit) count++;
     }
   }
   return count;
 };
 
-// How many cells lie below their floor.
-const countLost = (cells, rows, columns, { floor, stride, part }) => {
+// How many cells are lost, without painting them.
+const countLost = (cells, rows, columns, { top, stride, part, below }) => {
+  const limit = Math.floor(below);
   let count = 0;
   for (let r = 0, i = 0; r < rows; r++) {
     const base = r * stride;
-    for (let p = 0; p < columns; p++, i++) if (cells[i] < floor[base + part[p]]) count++;
+    for (let p = 0; p < columns; p++, i++) if (top[base + (part ? part[p] : 0)] - cells[i] > limit) count++;
   }
   return count;
 };

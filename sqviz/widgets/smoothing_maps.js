@@ -5,32 +5,29 @@
 const CHANNEL_SIDE = { left: 52, right: 12 };
 const COLOUR_DECADES = 3; // where nothing is quantised
 const COUNTED_CELLS = 600_000; // up to so many, what rounds to 0 is counted in every cell, not only in those shown
-const NO_FLOOR = DEAD + 1; // nothing but an exact zero lies below
 
 const groupSize = (word) => Number(/^per-group\((\d+)\)$/.exec(word)?.[1] ?? 0);
 
 // From the largest value that shares a step down to half that step, in codes.
 const halfStep = ({ word, bits }, range) => (word === "none" ? COLOUR_DECADES : Math.log10(2 * (2 ** (bits - 1) - 1))) * codesPerDecade(range);
 
-// Floors of shifted cells under a granularity: {floor: Float64Array, stride, part: Int32Array [column]}; the floor of cell
-// (r, p) is floor[r·stride + part[p]].
-function floorsOf(word, below, cells, rows, columns, rowMax, channelOf) {
-  const one = new Int32Array(columns);
-  if (word === "row") return { floor: Float64Array.from(rowMax, (most) => Math.max(NO_FLOOR, most - below)), stride: 1, part: one };
-  if (word === "tensor" || word === "none") return { floor: Float64Array.of(Math.max(NO_FLOOR, Math.max(...rowMax) - below)), stride: 0, part: one };
-  const size = groupSize(word); // "column" otherwise
-  const part = size ? Int32Array.from(channelOf, (j) => Math.floor(j / size)) : Int32Array.from(one, (_, p) => p);
-  const stride = part.reduce((most, value) => Math.max(most, value), 0) + 1;
-  const floor = new Float64Array(size ? rows * stride : stride).fill(DEAD);
+// The ground of shifted cells under a granularity, see `paintCells`. `word`: tensor, row, column, per-group(n) or none.
+function groundOf({ word, bits }, range, cells, rows, columns, rowMax, channelOf) {
+  const below = halfStep({ word, bits }, range);
+  if (word === "row") return { top: rowMax, stride: 1, part: null, below };
+  const size = groupSize(word);
+  if (!size && word !== "column") return { top: Int16Array.of(Math.max(...rowMax)), stride: 0, part: null, below };
+  const part = size ? Int32Array.from(channelOf, (j) => Math.floor(j / size)) : Int32Array.from({ length: columns }, (_, p) => p);
+  const width = part.reduce((most, value) => Math.max(most, value), 0) + 1;
+  const top = new Int16Array(size ? rows * width : width).fill(LEAST);
   for (let r = 0, i = 0; r < rows; r++) {
-    const base = size ? r * stride : 0;
-    for (let p = 0; p < columns; p++, i++) if (cells[i] > floor[base + part[p]]) floor[base + part[p]] = cells[i];
+    const base = size ? r * width : 0;
+    for (let p = 0; p < columns; p++, i++) if (cells[i] > top[base + part[p]]) top[base + part[p]] = cells[i];
   }
-  for (let k = 0; k < floor.length; k++) floor[k] = Math.max(NO_FLOOR, floor[k] - below);
-  return { floor, stride: size ? stride : 0, part };
+  return { top, stride: size ? width : 0, part, below };
 }
 
-// Cells after scaling, and the floors that the scheme gives them, at a resolution of at most rows × columns.
+// Cells after scaling, and the ground that the scheme gives them, at a resolution of at most rows × columns.
 function makeCells() {
   let [pooled, source, cells, rowMax] = [null, null, new Int16Array(0), new Int16Array(0)];
   return (data, channels, order, shifts, limit, rounding) => {
@@ -43,26 +40,29 @@ function makeCells() {
     if (rowMax.length !== rows) rowMax = new Int16Array(rows);
     shiftCells(pooled.codes, rows, channels, shifts, columns, cells, rowMax);
     const channelOf = groupSize(rounding.word) ? Int32Array.from({ length: columns }, (_, p) => order[Math.floor(((p + 0.5) * channels) / columns)]) : null;
-    const floors = rounding.fixed ?? floorsOf(rounding.word, halfStep(rounding, data.range), cells, rows, columns, rowMax, channelOf);
-    return { cells, rows, columns, floors };
+    const ground = rounding.fixed ?? groundOf(rounding, data.range, cells, rows, columns, rowMax, channelOf);
+    return { cells, rows, columns, ground };
   };
 }
 
 // One map: codes [row][channel] in, a raster of at most `rows` × `columns` cells out.
 function makeMap() {
   const raster = makeRaster(), shown = makeCells(), whole = makeCells();
+  let [shades, shadesFor] = [null, ""];
   return {
     raster,
     // Paints; returns {columns, rows, lost: share of cells that round to 0, exact: counted in all cells, not in those shown}.
     shade(data, channels, order, shifts, limit, rounding, colours) {
-      const { cells, rows, columns, floors } = shown(data, channels, order, shifts, limit, rounding);
+      const { cells, rows, columns, ground } = shown(data, channels, order, shifts, limit, rounding);
       const nothing = rounding.word === "none" ? colours.lut[0] : colours.lost;
-      let count = paintCells(cells, rows, columns, floors, halfStep(rounding, data.range), colours.lut, nothing, raster.fit(columns, rows));
+      const wanted = `${ground.below}|${nothing}`;
+      if (wanted !== shadesFor) [shades, shadesFor] = [shadesOf(ground.below, colours.lut, nothing), wanted];
+      let count = paintCells(cells, rows, columns, ground, shades, raster.fit(columns, rows));
       let total = rows * columns;
       const all = data.rows * channels, exact = total === all || all <= COUNTED_CELLS;
       if (exact && total < all) { // the share must not depend on how wide the window is
         const every = whole(data, channels, order, shifts, { rows: data.rows, columns: channels }, rounding);
-        [count, total] = [countLost(every.cells, every.rows, channels, every.floors), all];
+        [count, total] = [countLost(every.cells, every.rows, channels, every.ground), all];
       }
       return { columns, rows, lost: count / total, exact };
     },
@@ -134,8 +134,8 @@ function makeMapPanel(parent, store, side) {
     if (!store.scheme.static || activation !== "per-tensor") return { word, bits };
     // Static: the step comes from the calibration maxima, not from the tokens shown.
     const { range } = now.pack.x, most = now.xAfter.reduce((a, b) => Math.max(a, b), 0);
-    const floor = most > 0 ? Math.max(NO_FLOOR, codeOf(most, range) - halfStep({ word, bits }, range)) : NO_FLOOR;
-    return { word, bits, fixed: { floor: Float64Array.of(floor), stride: 0, part: new Int32Array(store.row.channels) } };
+    const top = Int16Array.of(most > 0 ? Math.round(codeOf(most, range)) : LEAST);
+    return { word, bits, fixed: { top, stride: 0, part: null, below: halfStep({ word, bits }, range) } };
   };
   const lost = (now, data, limit) => {
     // What rounds to 0 without smoothing, computed once per linear, scheme and size.

@@ -1,5 +1,7 @@
 """What the smoothing engine keeps: a few probes that answer for the error of a linear, and the errors found so far."""
 
+import dataclasses
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from sqviz.models.linears import Group
 from sqviz.models.lm import LM
 from sqviz.observe.magnitudes import Magnitudes
-from sqviz.quant.error import ALPHAS, LinearProbe
+from sqviz.quant.error import ALPHAS, LinearProbe, OutputError
 from sqviz.quant.schemes import Scheme
 from sqviz.widgets.smoothing_pack import Vectors, own_weight, vectors
 from sqviz.widgets.smoothing_state import scheme_key
@@ -54,13 +56,27 @@ class Probes:
         return self._probes[linear].with_scheme(scheme)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stops:
+    """Errors of one linear under one scheme at the stops of the slider; NaN where unknown.
+
+    Attributes:
+        errors: float32 [stop], to be written into.
+        sampled: whether they are estimates; tokens: from how many tokens.
+    """
+
+    errors: Float[np.ndarray, " stop"]
+    sampled: bool
+    tokens: int
+
+
 class Errors:
     """The relative errors found so far, float32: NaN where unknown, −1 where there is none to speak of."""
 
     def __init__(self, linears: int) -> None:
         self._linears = linears
         self._sweeps: OrderedDict[str, Float[np.ndarray, "linear alpha"]] = OrderedDict()
-        self._stops: OrderedDict[str, Float[np.ndarray, " stop"]] = OrderedDict()
+        self._stops: OrderedDict[str, Stops] = OrderedDict()
 
     def sweeps(self, scheme: Scheme) -> Float[np.ndarray, "linear alpha"]:
         """Errors at ALPHAS by linear; the last column is without smoothing. To be written into."""
@@ -70,21 +86,35 @@ class Errors:
         keep(self._sweeps, key, SCHEMES_KEPT)
         return self._sweeps[key]
 
-    def stops(self, linear: str, scheme: Scheme) -> Float[np.ndarray, " stop"]:
-        """Exact errors of one linear at the slider's stops. To be written into."""
-        key = stops_key(linear, scheme)
+    def learn(self, linear: str, scheme: Scheme, alpha: float, found: OutputError) -> None:
+        """Remember the error at α, if that is a stop of the slider and the error is a number."""
+        stop = _stop_of(alpha)
+        if stop is None or not math.isfinite(found.frobenius):
+            return
+        key = f"{linear}|{scheme_key(scheme)}"
         if key not in self._stops:
-            self._stops[key] = np.full(STOPS, np.nan, dtype="<f4")
+            self._stops[key] = Stops(np.full(STOPS, np.nan, dtype="<f4"), found.sampled, found.tokens)
         keep(self._stops, key, STOPS_KEPT)
-        return self._stops[key]
+        self._stops[key].errors[stop] = found.frobenius
+
+    def known(self, linear: str, scheme: Scheme, alpha: float) -> OutputError | None:
+        """The error at α, if it was found before."""
+        stops, stop = self._stops.get(f"{linear}|{scheme_key(scheme)}"), _stop_of(alpha)
+        if stops is None or stop is None or np.isnan(stops.errors[stop]):
+            return None
+        return OutputError(float(stops.errors[stop]), stops.sampled, stops.tokens, 0)
+
+    def stops(self, linear: str, scheme: Scheme) -> dict[str, Any]:
+        """The errors of one linear at the stops of the slider, as the page takes them."""
+        key = f"{linear}|{scheme_key(scheme)}"
+        stops = self._stops.get(key)
+        if stops is None:
+            return {}
+        how = "sampled" if stops.sampled else "exact"
+        return {"for": key, "how": how, "tokens": stops.tokens, "errors": stops.errors.tobytes()}
 
 
-def stops_key(linear: str, scheme: Scheme) -> str:
-    """What stops belong to, the same in the page (smoothing_store.js, `takeStops`)."""
-    return f"{linear}|{scheme_key(scheme)}"
-
-
-def stop_of(alpha: float) -> int | None:
+def _stop_of(alpha: float) -> int | None:
     """Which stop of the slider α is, if it is one."""
     stop = round(alpha * (STOPS - 1))
     return stop if abs(alpha * (STOPS - 1) - stop) < 1e-9 else None

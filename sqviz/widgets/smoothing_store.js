@@ -90,17 +90,15 @@ function makeStore(model) {
       store.sweeps = model.get("sweeps_for") === schemeKey(store.scheme) ? asFloat32(model.get("sweeps")) : new Float32Array(0);
     },
 
-    // Exact errors of the linear in view at every stop of the slider, as far as they are known.
-    stops: new Float32Array(0),
-    tokens: 0, // of the sample text, known from the first exact answer
+    // The errors of the linear in view at every stop of the slider, as far as they are known: {errors, how, tokens}.
+    stops: null,
     takeStops() {
-      const here = `${store.linear}|${schemeKey(store.scheme)}`;
-      store.stops = model.get("stops_for") === here ? asFloat32(model.get("stops")) : new Float32Array(0);
+      const stops = model.get("stops");
+      store.stops = stops.for === `${store.linear}|${schemeKey(store.scheme)}` ? { ...stops, errors: asFloat32(stops.errors) } : null;
     },
 
     takeAnswer(answer) {
       if (!answer || !answer.linear) return;
-      if (answer.how === "exact") store.tokens = answer.tokens;
       const key = `${answer.linear}|${answer.scheme}`;
       const old = answers.get(key) ?? [], same = old.find((known) => known.alpha === answer.alpha);
       if (same?.how === "exact" && answer.how !== "exact") return;
@@ -114,8 +112,8 @@ function makeStore(model) {
     reading() {
       const answer = store.answers().find((known) => Math.abs(known.alpha - alpha) < 1e-9);
       if (answer) return answer;
-      const exact = store.stops[Math.round(alpha * (store.stops.length - 1))];
-      if (usable(exact)) return { error: exact, how: "exact", tokens: store.tokens };
+      const found = store.stops?.errors[Math.round(alpha * (store.stops.errors.length - 1))];
+      if (usable(found)) return { error: found, how: store.stops.how, tokens: store.stops.tokens };
       const sweep = store.sweepOf(store.linear);
       if (!sweep) return { error: NaN, how: "" };
       if (sweep[0] < 0) return { error: NaN, how: "failed" };

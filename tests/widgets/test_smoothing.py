@@ -71,8 +71,9 @@ def test_the_sweep_holds_every_alpha_of_the_same_linear_in_every_layer(explore, 
 
 def test_the_stops_of_the_slider_are_computed_ahead(explore, lm, magnitudes, monkeypatch):
     explorer = settle(explore(linear="model.layers.1.mlp.gate_proj"))
-    stops = np.frombuffer(explorer.stops, "<f4")
-    assert explorer.stops_for == f"{explorer.linear}|{scheme_key(sqviz.W8A8)}"
+    stops = np.frombuffer(explorer.stops["errors"], "<f4")
+    assert explorer.stops["for"] == f"{explorer.linear}|{scheme_key(sqviz.W8A8)}"
+    assert (explorer.stops["how"], explorer.stops["tokens"]) == ("exact", len(ids()))
     assert len(stops) == 101
     for stop in (0, 37, 100):
         assert stops[stop] == pytest.approx(definition(lm, magnitudes, explorer.linear, stop / 100), rel=1e-4)

@@ -151,14 +151,31 @@ def test_pooling_after_scaling_keeps_every_outlier(javascript, channels, columns
     assert page["most"] == cells.max(1).tolist()
 
 
-def test_painting_counts_what_rounds_to_zero(javascript):
+def test_a_row_of_zeros_is_lost_whatever_the_step(javascript):
+    script = """(() => {
+      const cells = new Int16Array(8), most = new Int16Array(2);
+      shiftCells(Uint8Array.of(0, 0, 0, 0, 9, 0, 0, 0), 2, 4, new Int16Array(4), 4, cells, most);
+      const ground = { top: most, stride: 1, part: null, below: 100 };
+      const painted = paintCells(cells, 2, 4, ground, shadesOf(100, new Uint32Array(256), 7), new Uint32Array(8));
+      return [[...most], countLost(cells, 2, 4, ground), painted];
+    })()"""
+    most, counted, painted = javascript(script)
+    assert (most[1], counted, painted) == (9, 7, 7)
+
+
+def test_painting_colours_by_the_distance_from_what_shares_the_step(javascript):
     script = """(() => {
       const lut = Uint32Array.from({ length: 256 }, (_, i) => i), out = new Uint32Array(6);
-      const lost = paintCells(Int16Array.of(200, 150, 100, 90, 300, -32768), 2, 3,
-        { floor: Float64Array.of(120, 95), stride: 1, part: new Int32Array(3) }, 102, lut, 999, out);
-      return [lost, [...out]];
+      const shades = shadesOf(102, lut, 999), cells = Int16Array.of(200, 150, 97, 90, 300, -32768);
+      const byRow = { top: Int16Array.of(200, 192), stride: 1, part: null, below: 102 };
+      const byColumn = { top: Int16Array.of(200, 300, 199), stride: 0, part: Int32Array.of(0, 1, 2), below: 102 };
+      return [byRow, byColumn].map((ground) =>
+        [paintCells(cells, 2, 3, ground, shades, out), [...out], countLost(cells, 2, 3, ground)]);
     })()"""
-    assert javascript(script) == [3, [200, 75, 999, 999, 255, 999]]  # (200 − 120)·255/102, (150 − 120)·255/102
+    rows, columns = javascript(script)
+    # (102 − distance) · 255/102; a distance beyond 102 is lost; what exceeds its (static) top gets the last colour
+    assert rows == [2, [255, 130, 999, 0, 255, 999], 2]
+    assert columns == [3, [255, 999, 0, 999, 255, 999], 3]
 
 
 ALPHAS = [k / 20 for k in range(21)]
