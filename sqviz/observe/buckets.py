@@ -58,7 +58,7 @@ def quantiles(
     The quantile at level q is the smallest of the values such that a share q of all lies at or below it (numpy's method
     "inverted_cdf"): one of the values, and not a mean of two that may be far apart. 0 where nothing was counted.
     """
-    below = histogram.cumsum(1)
+    below = histogram.cumsum(1, dtype=histogram.dtype)
     count = below[:, -1:]
     rank = (count * torch.tensor(levels, dtype=torch.float64)).ceil().clamp(min=1).to(below.dtype)
     index = torch.searchsorted(below, rank).clamp(max=BUCKETS - 1)
