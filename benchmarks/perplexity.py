@@ -9,6 +9,7 @@ is simulated; the table says how far each perplexity is above float32's on the s
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,25 +69,33 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens per segment")
     parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS)
     parser.add_argument("--folds", nargs="+", default=("norm", "all"), choices=("norm", "all"))
+    parser.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True, help="the unsmoothed rows too")
+    parser.add_argument("--schemes", nargs="+", default=tuple(SMOOTHED), choices=tuple(SMOOTHED))
+    parser.add_argument("--capture", type=Path, help="file to keep the calibration in; read if it is there")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     lm = sqviz.load()
     documents, tokens = split(lm, arguments.segments, arguments.length)
-    magnitudes = sqviz.capture(lm, documents, samples=arguments.samples, length=arguments.length)
+    if arguments.capture and arguments.capture.exists():
+        magnitudes = sqviz.Magnitudes.load(arguments.capture)
+    else:
+        magnitudes = sqviz.capture(lm, documents, samples=arguments.samples, length=arguments.length)
+        if arguments.capture:
+            magnitudes.save(arguments.capture)
     print(
         f"{lm}\n{len(tokens)} tokens scored in segments of {arguments.length}; {len(magnitudes.tokens)} to calibrate\n"
     )
     print(f"{'':58s} {'perplexity':>10s} {'change':>9s}")
     table = Table(tokens, arguments.length)
     table.row("float32", lm)
-    for label, scheme in NAIVE.items():
+    for label, scheme in NAIVE.items() if arguments.naive else ():
         table.row(f"naive, {label}", quantised(lm, scheme, magnitudes))
     for folds in arguments.folds:
         for alpha in arguments.alphas:
             smoothed = sqviz.smooth(lm, magnitudes, alpha, folds=folds)
-            for label, scheme in SMOOTHED.items():
-                table.row(f"smoothed α={alpha:g} {folds}, {label}", quantised(smoothed, scheme, magnitudes))
+            for label in arguments.schemes:
+                table.row(f"smoothed α={alpha:g} {folds}, {label}", quantised(smoothed, SMOOTHED[label], magnitudes))
 
 
 if __name__ == "__main__":

@@ -222,12 +222,16 @@ async function copyCode(button, root, code) {
   }
 }
 
+const schemeWords = ({ activation, weight, static: fixed, bits, weight_bits: weightBits, symmetric }) =>
+  [weight === "none" ? "" : `W${weightBits} ${weight}`, activation === "none" ? "" : `A${bits} ${activation}, ${fixed ? "static" : "dynamic"}`, symmetric ? "" : "asymmetric"]
+    .filter(Boolean).join(", ");
+
 // The whole view as one picture: a line of text, then the canvases as they stand.
 function composePicture({ store, root, panels, error, strip }) {
   const ratio = window.devicePixelRatio || 1, theme = themeOf(root), gap = 26;
   const columns = [panels, [error, strip]].map((list) => list.map((panel) => panel.canvas));
   const widths = columns.map((list) => list[0].clientWidth), tall = columns.map((list) => list.reduce((sum, canvas) => sum + canvas.clientHeight + gap, 0));
-  const picture = Object.assign(document.createElement("canvas"), { width: (widths[0] + widths[1] + 36) * ratio, height: (Math.max(...tall) + 56) * ratio });
+  const picture = Object.assign(document.createElement("canvas"), { width: (widths[0] + widths[1] + 36) * ratio, height: (Math.max(...tall) + 72) * ratio });
   const context = picture.getContext("2d");
   context.scale(ratio, ratio);
   context.fillStyle = theme.paper;
@@ -237,12 +241,23 @@ function composePicture({ store, root, panels, error, strip }) {
   const read = store.reading(), error100 = Number.isFinite(read.error) ? ` · error ${read.how === "exact" ? "" : "≈ "}${number(100 * read.error)} %` : "";
   context.fillText(`${store.about.model} · ${store.linear} · α = ${store.alpha.toFixed(2)}${error100}`, 12, 24);
   context.font = `12px ${theme.font}`;
-  const titles = [["|X/s|, activations in", "channel maxima: |X/s| and |s·W|", "|s·W|, weights"], ["output error against α", `the same in every layer · ${store.row.kind}`]];
+  context.fillStyle = theme.dim;
+  context.fillText(schemeWords(store.scheme), 12, 42);
+  const { dim, series: [blue, orange] } = theme;
+  const scale = "colour: the integer a cell becomes, blank: 0";
+  const titles = [
+    [[[`|X/s|, activations in · ${scale}`, dim]], [["channel maxima: ", dim], ["|X/s|", blue], [" and ", dim], ["|s·W|", orange], [", pale: before", dim]], [["|s·W|, weights", dim]]],
+    [[["output error against α", dim]], [[`the same in every layer · ${store.row.kind}`, dim]]],
+  ];
   columns.forEach((list, side) => {
-    let y = 40;
+    let y = 56;
     list.forEach((canvas, i) => {
-      context.fillStyle = theme.dim;
-      context.fillText(titles[side][i], 12 + side * (widths[0] + 12), y + 14);
+      let x = 12 + side * (widths[0] + 12);
+      for (const [text, colour] of titles[side][i]) {
+        context.fillStyle = colour;
+        context.fillText(text, x, y + 14);
+        x += context.measureText(text).width;
+      }
       context.drawImage(canvas, 12 + side * (widths[0] + 12), y + 20, canvas.clientWidth, canvas.clientHeight);
       if (side === 1) {
         context.fillStyle = theme.ink;

@@ -256,8 +256,8 @@ class SmoothingExplorer(View):
         """The view at this α, drawn without a browser."""
         state = self.state
         sweep = self._engine.sweeps_of(state.scheme)[self._magnitudes.names.index(state.linear)]
-        subtitle = f"{state.linear}, {state.scheme.describe()}, α = {state.alpha:.2f}"
-        return draw_still(self._engine.picture(state.linear), state.linear, state.alpha, sweep, self.title, subtitle)
+        pack = self._engine.picture(state.linear)
+        return draw_still(pack, state.linear, state.alpha, state.scheme, sweep, self.title)
 
     def close(self) -> None:
         """Stop the worker and remove the view."""

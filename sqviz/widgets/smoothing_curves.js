@@ -11,6 +11,7 @@ function makeMarker(panel) {
   return (store) => {
     const { box } = panel;
     if (!box) return;
+    line.hidden = Boolean(panel.empty);
     line.style.transform = `translate(${box.x + store.alpha * box.width}px, ${box.y}px)`;
     line.style.height = `${box.height}px`;
   };
@@ -67,7 +68,8 @@ function makeErrorPanel(parent, store) {
         context.fillRect(px(spot.lo), box.y, Math.max(2, px(spot.hi) - px(spot.lo)), box.height);
         context.globalAlpha = 1;
       }
-      drawErrorAxes(context, box, x, y, theme);
+      const known = errors.some(usable) || answers.some((answer) => usable(answer.error));
+      drawErrorAxes(context, box, x, known ? y : null, theme);
       context.textBaseline = "middle";
       const bare = errors[alphas.length];
       if (usable(bare)) {
@@ -100,7 +102,8 @@ function makeErrorPanel(parent, store) {
         context.fill();
         context.globalAlpha = 1;
       });
-      if (!sweep || !errors.some(usable)) {
+      panel.empty = !known;
+      if (!errors.some(usable)) {
         context.fillStyle = theme.dim;
         context.textAlign = "center";
         context.fillText(sweep && errors[0] < 0 ? "no finite error: the activations or weights hold NaN or infinity" : store.waiting(), box.x + box.width / 2, box.y + box.height / 2);
@@ -118,7 +121,7 @@ function drawErrorAxes(context, box, x, y, theme) {
   context.lineWidth = 1;
   context.textAlign = "right";
   context.textBaseline = "middle";
-  for (const tick of errorTicks(y)) {
+  for (const tick of y ? errorTicks(y) : []) {
     const at = Math.round(box.y + box.height * (1 - y.at(tick))) + 0.5;
     context.strokeStyle = theme.faint;
     context.beginPath();

@@ -210,7 +210,7 @@ class Engine:
             sample.measure(turn, group, report, arrived)
         if not self._maps and any(len(self.magnitudes.inputs[g.name].map) == 0 for g in self.magnitudes.groups):
             self._report("activations", 0, 1, "measuring token maps")
-            self._maps = sample.maps(turn, self.magnitudes.tokens[: self.magnitudes.length])
+            self._maps = sample.maps(turn, self.magnitudes)
             self._picture(turn, self.state.linear)
 
     def _sweep(self, turn: Turn) -> None:

@@ -44,7 +44,7 @@ class Estimator:
         tokens = tokens[: len(tokens) // length * length]
         if self._reference is None:
             self._reference = self._score(
-                turn, self._lm.replace(model=share(self._lm.model)), tokens, length, "unquantised model"
+                turn, self._lm.replace(model=share(self._lm.model)), tokens, length, "unquantised"
             )
         turn.check("the estimate")
         value = self._score(turn, self._build(turn, state), tokens, length, "this state")
@@ -79,7 +79,7 @@ class Estimator:
         with interruptible(lm, turn):
             for nll in segment_nll(lm, tokens, length):
                 total, count, done = total + float(nll.double().sum()), count + nll.numel(), done + 1
-                self._report("estimate", done, segments, f"scoring the {what}, {done} of {segments} segments")
+                self._report("estimate", done, segments, f"{what}, {done} of {segments}")
         return math.exp(min(total / max(count, 1), 700.0))
 
 

@@ -172,7 +172,12 @@ function makeMapPanel(parent, store, side) {
       const most = (values) => number(values.reduce((a, b) => Math.max(a, b), 0));
       const [from, to] = isX ? [now.pack.x.absmax, now.xAfter] : [now.w.absmax, now.wAfter];
       const text = `largest ${before(most(from), most(to))}${way.word === "none" ? "" : `  ·  rounds to 0: ${drawn.exact ? "" : "≈ "}${before(percent(was), percent(drawn.lost))}`}`;
-      panel.write = () => (legend.update(way, theme), setText(facts, text));
+      const counted = `Counted in the cells of this map, each the largest of ${isX ? `${now.pack.tokensPerRow} token(s)` : `${Math.ceil(data.out / data.rows)} output(s)`}`;
+      panel.write = () => {
+        legend.update(way, theme);
+        setText(facts, text);
+        if (facts.title !== counted) facts.title = counted;
+      };
       Object.assign(panel.canvas.dataset, { cells: `${drawn.columns}x${drawn.rows}`, drawn: `${store.linear} ${store.alpha}` });
       drawMapAxes(context, box, theme, { isX, channels: now.pack.channels, rows: isX ? data.rows * now.pack.tokensPerRow : data.out, sorted: store.sorted });
     },

@@ -26,7 +26,7 @@ from sqviz.observe.reduce import max_pool, to_half
 from sqviz.widgets.view import code_range, encode_log
 
 _KINDS: dict[np.dtype, str] = {np.dtype("uint8"): "u1", np.dtype("<f4"): "f4", np.dtype("<i4"): "i4"}
-MAX_CELLS = 1_500_000
+MAX_CELLS = 1_000_000
 """Cells of one map that the page scales and paints within a frame; above it, the map is pooled further along tokens."""
 
 

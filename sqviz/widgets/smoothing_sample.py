@@ -95,9 +95,14 @@ class Sample:
         with suppress(_Done):
             self._pass(self.tokens, keep, keep_routed, wanted)
 
-    def maps(self, turn: Turn, tokens: Int64[Tensor, " token"]) -> dict[str, Float16[Tensor, "bin channel"]]:
-        """|x| of every group over `tokens`, max-pooled along them, for captures that were saved without maps."""
-        recorder = MapRecorder(MAP_ROWS, len(tokens))
+    def maps(self, turn: Turn, magnitudes: Magnitudes) -> dict[str, Float16[Tensor, "bin channel"]]:
+        """|x| of every group over the first calibration segment, max-pooled along tokens, for captures saved without.
+
+        Where the capture holds the maps of some groups, the others get as many rows.
+        """
+        tokens = magnitudes.tokens[: magnitudes.length]
+        rows = max(len(magnitudes.inputs[name].map) for name in self.groups) or MAP_ROWS
+        recorder = MapRecorder(rows, len(tokens))
 
         def see(group: Group, x: Float[Tensor, "token channel"]) -> None:
             turn.check("measuring maps")

@@ -1,6 +1,9 @@
 """What the browser tests of the smoothing explorer do with it, and what Python says it must then show."""
 
+import json
 import math
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +47,18 @@ def press(page: Page, *keys: str) -> None:
     for key in keys:
         page.keyboard.press(key)
     frame(page)
+
+
+def wait_for_hand(lab: Any, view: str, alpha: float) -> None:
+    """Wait until the kernel's `view` stands at this α, at rest.
+
+    The page holds a move back until the kernel has taken the one before it, and shows errors that arrived ahead of the
+    hand; so an "exact" on the page does not mean that the kernel has heard of its last move.
+    """
+    wanted, until = [alpha, False], time.monotonic() + WAIT_MS / 1000
+    while (heard := json.loads(lab.run(f"import json\nprint(json.dumps([{view}.alpha, {view}.moving]))"))) != wanted:
+        assert time.monotonic() < until, f"the kernel heard {heard}, not {wanted}"
+        lab.page.wait_for_timeout(50)
 
 
 def drag_to(page: Page, node: Locator, part: float, left: float, right: float, steps: int = 6) -> None:

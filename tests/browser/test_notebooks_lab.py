@@ -9,7 +9,7 @@ import pytest
 
 # helpers of the tests lie beside them
 sys.path.insert(0, str(Path(__file__).parent))
-from smoothing_drive import WAIT_MS, accent, canvases, curve_height, drag_to, error_shown, pixels, press
+from smoothing_drive import WAIT_MS, accent, canvases, curve_height, drag_to, error_shown, pixels, press, wait_for_hand
 
 from sqviz.quant.error import ALPHAS
 from sqviz.widgets.still import number
@@ -54,13 +54,13 @@ def test_alpha_moves_by_mouse_and_keyboard_in_02(lab_page, screenshots):
     seen = {name: pixels(canvas) for name, canvas in canvases(page).items() if name in ("x", "maxima", "error")}
 
     drag_to(page, slider, 0.8, 8, 8, steps=15)
-    assert at_rest(lab, "explorer.alpha") == 0.8
+    wait_for_hand(lab, "explorer", 0.8)
     assert error_shown(page) == f"{number(100 * at_rest(lab, 'explorer.answer')['error'])} %"
     for name, image in seen.items():
         assert (pixels(canvases(page)[name]) != image).any(), name
 
     press(page, "ArrowLeft", "PageDown", "PageDown")
-    assert at_rest(lab, "explorer.alpha") == 0.69
+    wait_for_hand(lab, "explorer", 0.69)
     assert error_shown(page) == f"{number(100 * at_rest(lab, 'explorer.answer')['error'])} %"
     page.screenshot(path=screenshots / "notebook_02_light.png")
     lab.theme("dark")

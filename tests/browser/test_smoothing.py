@@ -14,7 +14,18 @@ from playwright.sync_api import Page
 # ruff: noqa: E402 - helpers of the tests lie beside them, and beside those of the widgets
 sys.path[:0] = [str(Path(__file__).parents[1] / "widgets"), str(Path(__file__).parent)]
 from explorers import ids, tiny_capture
-from smoothing_drive import LINEAR, WAIT_MS, assert_curve, assert_map, canvases, drag_to, error_shown, pixels, press
+from smoothing_drive import (
+    LINEAR,
+    WAIT_MS,
+    assert_curve,
+    assert_map,
+    canvases,
+    drag_to,
+    error_shown,
+    pixels,
+    press,
+    wait_for_hand,
+)
 
 from sqviz.widgets.still import number
 
@@ -63,7 +74,7 @@ def test_in_jupyterlab_hand_and_kernel_agree(lab_page, screenshots):
 
     drag_to(page, page.locator(".sm-range"), 0.8, 8, 8, steps=15)
     wait_for_exact(page)
-    assert kernel(lab, "[view.alpha, view.moving]") == [0.8, False]
+    wait_for_hand(lab, "view", 0.8)
     answer = kernel(lab, "view.answer")
     assert error_shown(page) == f"{number(100 * answer['error'])} %"
     assert_map(page, pack, 0.8)
@@ -71,7 +82,7 @@ def test_in_jupyterlab_hand_and_kernel_agree(lab_page, screenshots):
     cells = page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length")
     press(page, "ArrowLeft", "ArrowLeft", "ArrowDown", "PageDown")
     wait_for_exact(page)
-    assert kernel(lab, "view.alpha") == 0.72
+    wait_for_hand(lab, "view", 0.72)
     assert error_shown(page) == f"{number(100 * kernel(lab, 'view.answer')['error'])} %"
     assert page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length") == cells
 
