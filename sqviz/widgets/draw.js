@@ -3,8 +3,10 @@
 //
 //   startView(el, title) -> root             the <div class="sqviz"> a view fills; keeps its keys from the notebook
 //   hasKernel(model)                         false in an exported page
-//   makeCanvas(parent, {height, label, draw}) -> {canvas, redraw(), size(), stop()}
+//   makeCanvas(parent, {height, label, draw}) -> {canvas, redraw(), redrawSoon(), size(), stop()}
 //        draw(context, width, height, colours) runs at most once a frame: after redraw(), a resize or a theme switch.
+//        redrawSoon() draws right after the input event, while the browser waits for its next frame, and once at most
+//        until then.
 //        height: number, or function of the width. Sharp at any devicePixelRatio; refits down to 320 px.
 //        canvas.paints counts the frames, canvas.paintMilliseconds is what the last draw took: for tests and benchmarks.
 //   themeOf(el) -> {ink, dim, faint, paper, accent, warn, series[6], dark, font}     onTheme(el, callback) -> stop()
@@ -89,7 +91,7 @@ function makeCanvas(parent, { height, label = "", draw }) {
   frame.append(canvas);
   parent.append(frame);
   const context = canvas.getContext("2d");
-  let [width, tall, waiting, colours, fitted] = [0, 0, 0, null, 0];
+  let [width, tall, waiting, drawn, colours, fitted] = [0, 0, 0, 0, null, 0];
 
   const paint = () => {
     waiting = 0;
@@ -114,6 +116,17 @@ function makeCanvas(parent, { height, label = "", draw }) {
     canvas.paintMilliseconds = performance.now() - start;
   };
   const redraw = () => (waiting ||= requestAnimationFrame(paint));
+  const soon = new MessageChannel(); // its messages come before timers
+  soon.port1.onmessage = () => {
+    if (!waiting || drawn) return;
+    cancelAnimationFrame(waiting);
+    drawn = requestAnimationFrame(() => (drawn = 0));
+    paint();
+  };
+  const redrawSoon = () => {
+    redraw();
+    soon.port2.postMessage(0);
+  };
   const resized = new ResizeObserver((entries) => {
     fitted = entries[entries.length - 1].contentRect.width;
     redraw();
@@ -127,8 +140,9 @@ function makeCanvas(parent, { height, label = "", draw }) {
     resized.disconnect();
     stopTheme();
     cancelAnimationFrame(waiting);
+    soon.port1.close();
   };
-  return { canvas, redraw, stop, size: () => ({ width, height: tall }) };
+  return { canvas, redraw, redrawSoon, stop, size: () => ({ width, height: tall }) };
 }
 
 function makeRaster() {

@@ -22,8 +22,9 @@ function makePage(model, el) {
     const before = store.alpha;
     store.setAlpha(value);
     if (event) timings.begin(event);
-    if (store.alpha !== before) alphaMoved();
+    // The kernel first: it computes while the page draws.
     if (store.alpha !== before || moving !== model.get("moving")) store.send({ alpha: store.alpha, moving });
+    if (store.alpha !== before) alphaMoved();
   };
   const error = makeErrorPanel(curves, store);
   const slider = makeAlphaSlider(curves, store, onAlpha);
@@ -61,7 +62,7 @@ function makePage(model, el) {
   };
   store.later = () => (writing ||= requestAnimationFrame(write));
   const alphaMoved = () => {
-    panels.forEach((panel) => panel.redraw());
+    panels.forEach((panel) => panel.redrawSoon());
     store.later();
   };
   const refresh = () => {

@@ -190,7 +190,8 @@ function makeEstimatePanel(parent, model, store, live) {
     result.classList.toggle("sm-stale", !here);
     const shown = got.value ? `${number(got.reference)} → ${number(got.value)} (${signed(got.value / got.reference - 1)})${here ? "" : ` at α = ${got.alpha.toFixed(2)}${got.scheme === schemeKey(store.scheme) ? "" : ", other scheme"}`}` : "";
     setText(result, shown);
-    result.title = got.value ? `unquantised ${got.reference.toPrecision(5)}, this state ${got.value.toPrecision(5)}` : "";
+    const exactly = got.value ? `unquantised ${got.reference.toPrecision(5)}, this state ${got.value.toPrecision(5)}` : "";
+    if (result.title !== exactly) result.title = exactly;
   };
   model.on("change:estimate change:status change:estimate_on_release", update);
   return { update };

@@ -111,6 +111,32 @@ const paintCells = (cells, rows, columns, { top, stride, part, below }, shades, 
   return count;
 };
 
+// The largest code of each channel: with it, the largest shifted code is known before any cell is shifted.
+const tallest = (codes, rows, channels, out = new Uint8Array(channels)) => {
+  for (let r = 0, i = 0; r < rows; r++) for (let j = 0; j < channels; j++, i++) if (codes[i] > out[j]) out[j] = codes[i];
+  return out;
+};
+const topOf = (most, shifts) => {
+  let top = LEAST;
+  for (let j = 0; j < most.length; j++) if (most[j] > 0 && most[j] + shifts[j] > top) top = most[j] + shifts[j];
+  return top;
+};
+
+// `shiftCells` and `paintCells` in one pass, for a step that all cells share and a column per channel: the usual frame.
+const paintCodes = (codes, rows, channels, shifts, top, below, shades, out) => {
+  const limit = Math.floor(below) + SHADE_BIAS, last = SHADES - 1, from = new Int32Array(channels);
+  for (let j = 0; j < channels; j++) from[j] = top + SHADE_BIAS - shifts[j];
+  let count = 0;
+  for (let r = 0, i = 0; r < rows; r++) {
+    for (let j = 0; j < channels; j++, i++) {
+      const code = codes[i], at = code === 0 ? last : from[j] - code;
+      out[i] = shades[at < 0 ? 0 : at > last ? last : at];
+      count += at > limit ? 1 : 0;
+    }
+  }
+  return count;
+};
+
 // How many cells are lost, without painting them.
 const countLost = (cells, rows, columns, { top, stride, part, below }) => {
   const limit = Math.floor(below);

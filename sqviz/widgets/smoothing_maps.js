@@ -27,15 +27,24 @@ function groundOf({ word, bits }, range, cells, rows, columns, rowMax, channelOf
   return { top, stride: size ? width : 0, part, below };
 }
 
-// Cells after scaling, and the ground that the scheme gives them, at a resolution of at most rows × columns.
-function makeCells() {
-  let [pooled, source, cells, rowMax] = [null, null, new Int16Array(0), new Int16Array(0)];
-  return (data, channels, order, shifts, limit, rounding) => {
-    if (source !== data.codes || pooled.wanted !== limit.rows) {
-      pooled = { ...poolRows(data.codes, data.rows, channels, limit.rows), wanted: limit.rows };
-      source = data.codes;
+// Codes at a resolution of at most so many rows, pooled when they change.
+function makePooled() {
+  let [pooled, source, wanted] = [null, null, 0];
+  return (data, channels, most) => {
+    if (source !== data.codes || wanted !== most) {
+      pooled = poolRows(data.codes, data.rows, channels, most);
+      pooled.tallest = tallest(pooled.codes, pooled.rows, channels);
+      [source, wanted] = [data.codes, most];
     }
-    const columns = Math.min(channels, limit.columns), { rows } = pooled;
+    return pooled;
+  };
+}
+
+// Pooled codes after scaling, and the ground that the scheme gives them, in at most so many columns.
+function makeCells() {
+  let [cells, rowMax] = [new Int16Array(0), new Int16Array(0)];
+  return (data, pooled, channels, order, shifts, most, rounding) => {
+    const columns = Math.min(channels, most), { rows } = pooled;
     if (cells.length !== rows * columns) cells = new Int16Array(rows * columns);
     if (rowMax.length !== rows) rowMax = new Int16Array(rows);
     shiftCells(pooled.codes, rows, channels, shifts, columns, cells, rowMax);
@@ -47,21 +56,28 @@ function makeCells() {
 
 // One map: codes [row][channel] in, a raster of at most `rows` × `columns` cells out.
 function makeMap() {
-  const raster = makeRaster(), shown = makeCells(), whole = makeCells();
+  const raster = makeRaster(), pool = makePooled(), shown = makeCells(), whole = makeCells();
   let [shades, shadesFor] = [null, ""];
   return {
     raster,
     // Paints; returns {columns, rows, lost: share of cells that round to 0, exact: counted in all cells, not in those shown}.
     shade(data, channels, order, shifts, limit, rounding, colours) {
-      const { cells, rows, columns, ground } = shown(data, channels, order, shifts, limit, rounding);
-      const nothing = rounding.word === "none" ? colours.lut[0] : colours.lost;
-      const wanted = `${ground.below}|${nothing}`;
-      if (wanted !== shadesFor) [shades, shadesFor] = [shadesOf(ground.below, colours.lut, nothing), wanted];
-      let count = paintCells(cells, rows, columns, ground, shades, raster.fit(columns, rows));
-      let total = rows * columns;
+      const pooled = pool(data, channels, limit.rows), columns = Math.min(channels, limit.columns), { rows } = pooled;
+      const below = halfStep(rounding, data.range), nothing = rounding.word === "none" ? colours.lut[0] : colours.lost;
+      const wanted = `${below}|${nothing}`;
+      if (wanted !== shadesFor) [shades, shadesFor] = [shadesOf(below, colours.lut, nothing), wanted];
+      const out = raster.fit(columns, rows), shared = rounding.word === "tensor" || rounding.word === "none";
+      let count = 0, total = rows * columns;
+      if (shared && columns === channels) {
+        const top = rounding.fixed?.top[0] ?? topOf(pooled.tallest, shifts);
+        count = paintCodes(pooled.codes, rows, channels, shifts, top, below, shades, out);
+      } else {
+        const { cells, ground } = shown(data, pooled, channels, order, shifts, columns, rounding);
+        count = paintCells(cells, rows, columns, ground, shades, out);
+      }
       const all = data.rows * channels, exact = total === all || all <= COUNTED_CELLS;
       if (exact && total < all) { // the share must not depend on how wide the window is
-        const every = whole(data, channels, order, shifts, { rows: data.rows, columns: channels }, rounding);
+        const every = whole(data, data, channels, order, shifts, channels, rounding);
         [count, total] = [countLost(every.cells, every.rows, channels, every.ground), all];
       }
       return { columns, rows, lost: count / total, exact };

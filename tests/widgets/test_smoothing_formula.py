@@ -178,6 +178,27 @@ def test_painting_colours_by_the_distance_from_what_shares_the_step(javascript):
     assert columns == [3, [255, 999, 0, 999, 255, 999], 3]
 
 
+@settings(deadline=None, derandomize=True, max_examples=6)
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 600), st.sampled_from([None, 40, -32768 + 4096]), st.data())
+def test_painting_in_one_pass_is_shifting_and_painting(javascript, rows, channels, below, fixed, data):
+    codes = data.draw(st.lists(st.integers(0, 255), min_size=rows * channels, max_size=rows * channels))
+    shifts = data.draw(st.lists(st.integers(-1500, 1500), min_size=channels, max_size=channels))
+    one, two = javascript(
+        f"""(() => {{
+      const codes = Uint8Array.from({codes}), shifts = Int16Array.from({shifts}), shades = shadesOf({below}, LUT, 999);
+      const [rows, channels, below] = [{rows}, {channels}, {below}];
+      const cells = new Int16Array(codes.length), most = new Int16Array(rows), a = new Uint32Array(codes.length);
+      shiftCells(codes, rows, channels, shifts, channels, cells, most);
+      const top = {json.dumps(fixed)} ?? Math.max(...most), b = a.slice();
+      const ground = {{ top: Int16Array.of(top), stride: 0, part: null, below }};
+      const known = {json.dumps(fixed)} ?? topOf(tallest(codes, rows, channels), shifts);
+      return [[top, paintCells(cells, rows, channels, ground, shades, a), ...a],
+              [known, paintCodes(codes, rows, channels, shifts, known, below, shades, b), ...b]];
+    }})()""".replace("LUT", "Uint32Array.from({ length: 256 }, (_, i) => i)")
+    )
+    assert one == two
+
+
 ALPHAS = [k / 20 for k in range(21)]
 
 
