@@ -1,0 +1,1 @@
+"""StreamingLLM (thesis ch. 4): endless text at constant memory."""

@@ -1,0 +1,309 @@
+"""`SinkCache`: a transformers `Cache` that keeps attention sinks and a window of recent keys (thesis §4.3).
+
+It is given to the model like any other cache, `model(ids, past_key_values=cache)` or `model.generate(ids,
+past_key_values=cache)`, and works with whatever attention the model runs: it writes keys to where plan.py says, turns
+the few sinks (layer.py), and tells the model where the new tokens stand and what they may see (steering.py).
+
+The cost of a step does not depend on how much was read: one key and value written, the sinks written one slot further.
+"""
+
+import dataclasses
+import weakref
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from sqviz.errors import SqvizError
+from sqviz.models.lm import LM
+from sqviz.streaming.layer import SinkLayer
+from sqviz.streaming.plan import Plan, State, choose, plan
+from sqviz.streaming.policies import Cached, Recompute, Sinks, capacity
+from sqviz.streaming.positions import Alibi, Angles, Rotary, angles, frequencies, limit_of, scheme_of
+from sqviz.streaming.steering import steer
+
+SLACK = 256
+"""Steps at least between two moves of the window to the beginning of the buffer."""
+
+
+class SinkCache(Cache):
+    """Keys and values of a stream under a policy; see the module's docstring.
+
+    Attributes:
+        lm: the model it was made for.
+        policy: may be changed while the stream runs. More sinks: the oldest keys still held become sinks. A wider
+            window: it grows from now on.
+        state: what was read and what is kept; see plan.py.
+    """
+
+    def __init__(self, lm: LM, policy: Cached | None = None) -> None:
+        """Make an empty cache.
+
+        Args:
+            lm: the model; its forward gets a hook until the cache is closed or collected.
+            policy: `Sinks(4, 252)` by default.
+
+        Raises:
+            SqvizError: learned absolute positions, a sliding window smaller than the cache, `Recompute`, or more keys
+                than the model has angles for.
+            UnknownArchitecture: a position scheme that is not known.
+        """
+        self.lm, self.scheme = lm, scheme_of(lm)
+        self.limit = limit_of(lm, self.scheme)
+        self._policy = Sinks() if policy is None else policy
+        self._check_policy(self._policy)
+        self.state, self.length = State(), 0
+        self._plan: Plan | None = None
+        self._pending: Int[Tensor, "row sink"] | None = None
+        self._turns: dict[int, Angles] = {}
+        self.bias: dict[str, Any] | None = None
+        self.arriving: dict[int, Int[Tensor, " row"]] = {}
+        self.rows = 0
+        shared: dict[bytes, Tensor] = {}
+        layers = []
+        for index in range(lm.config.num_hidden_layers):
+            omega = frequencies(lm, self.scheme, index) if isinstance(self.scheme, Rotary) else None
+            if omega is not None:
+                omega = shared.setdefault(omega.cpu().numpy().tobytes(), omega)
+            layers.append(SinkLayer(self, omega))
+        super().__init__(layers=layers)
+        handles = steer(self)
+        self.close = weakref.finalize(self, _remove, handles)
+        """Take the hooks off the model; the cache cannot be used afterwards."""
+
+    # --- what is kept ---
+
+    @property
+    def policy(self) -> Cached:
+        """What is kept."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Cached) -> None:
+        self._check_policy(policy)
+        self._policy = policy
+        self.state.sinks = self.state.sinks[:, : policy.sinks]
+        if policy.sinks > self.state.sinks.shape[1]:
+            self._adopt(policy)
+
+    @property
+    def kept(self) -> int:
+        """Keys that the pass under way attends to beside its own; outside of a pass, those held."""
+        if self._plan is not None:
+            return self._plan.keys - self._plan.new
+        chosen = int((self.state.sinks < self.state.held).sum(-1).max()) if self.state.sinks.numel() else 0
+        return chosen + self.state.seen - self.state.held
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers and sinks, in bytes."""
+        tensors = [x for layer in self.layers for x in (*layer.buffers, *layer.sinks)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the first new query stands among the keys attended to."""
+        return self.kept
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        super().reset()
+        self.state, self.length, self.rows, self._plan = State(), 0, 0, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows in another order (beam search)."""
+        super().reorder_cache(beam_idx)
+        beam_idx = beam_idx.cpu()
+        if self.state.pads is not None:
+            self.state.pads = self.state.pads[beam_idx]
+        if len(self.state.sinks) > 1:
+            self.state.sinks = self.state.sinks[beam_idx]
+
+    def crop(self, *_: Any) -> None:
+        """Refused: what was evicted cannot come back."""
+        raise SqvizError("a SinkCache cannot be cropped: evicted keys are gone. Use reset(), or DynamicCache for that")
+
+    # --- one forward pass ---
+
+    @property
+    def now(self) -> Plan:
+        """The plan of the pass under way."""
+        if self._plan is None:
+            raise SqvizError(
+                f"this SinkCache was made for {self.lm.name} and used with another model, or after close(). Make one "
+                "with SinkCache(lm, policy) for the model that runs"
+            )
+        return self._plan
+
+    def angles_of(self, omega: Float[Tensor, " pair"] | None) -> Angles:
+        """By how much the sinks are turned in this pass: [row 1 sink pair], or [row 1 query sink pair] if `now.each`.
+
+        Computed once for all layers that share the frequencies.
+        """
+        assert omega is not None
+        if id(omega) not in self._turns:
+            now = self.now
+            assert now.targets is not None
+            targets = now.targets if now.each else now.targets[:, -1]
+            cos, sin = angles(targets.to(omega.device), omega, self.lm.dtype)
+            self._turns[id(omega)] = (cos.unsqueeze(1), sin.unsqueeze(1))
+        return self._turns[id(omega)]
+
+    def begin(self, ids: Int[Tensor, "batch token"] | None, rows: int, new: int, mask: Tensor | None) -> Plan:
+        """Make room for `new` tokens and plan the pass. Changes nothing that a failed pass would have to undo."""
+        self.abort()
+        if new == 0 or rows == 0:
+            raise SqvizError(f"there is nothing to read: {rows} rows of {new} tokens")
+        if self.state.seen and rows != self.rows:
+            raise SqvizError(
+                f"this cache holds {self.rows} rows and was given {rows}. Use one cache per batch, or reset()"
+            )
+        self._take_mask(mask, rows, new)
+        self._pending = self._choose(ids, new)
+        self._make_room(new)
+        state = dataclasses.replace(self.state, sinks=self._pending)
+        alibi = isinstance(self.scheme, Alibi)
+        self._plan = plan(state, new, self._policy.recent, turned=not alibi, places=alibi)
+        self.rows = rows
+        return self._plan
+
+    def commit(self) -> None:
+        """The pass went through all layers."""
+        assert self._plan is not None
+        assert self._pending is not None
+        self.state.seen += self._plan.new
+        self.state.held = self._plan.held
+        self.state.sinks = self._pending
+        self.abort()
+
+    def abort(self) -> None:
+        """The pass failed, or is over."""
+        self._plan, self._pending, self.bias = None, None, None
+        self.arriving, self._turns = {}, {}
+
+    def _choose(self, ids: Tensor | None, new: int) -> Int[Tensor, "row sink"]:
+        """The sinks once the new tokens are read; those among them are noted as `arriving`."""
+        tokens, positions = _rule(self._policy)
+        if tokens is not None and ids is None:
+            raise SqvizError(f"{self._policy} chooses sinks by token id, so the model has to be given input_ids")
+        if tokens is None or ids is None:
+            ids = torch.empty(1, new, dtype=torch.long)
+        chosen = choose(self.state, self._policy.sinks, ids, tokens, positions)
+        base = self._first() - self._policy.sinks if self._fit(new)[0] else self.state.base
+        self.arriving = _indices(chosen, self.state.seen, self.state.seen + new, base)
+        return chosen
+
+    def _adopt(self, policy: Cached) -> None:
+        """After more sinks were asked for: take the oldest keys still held."""
+        tokens, positions = _rule(policy)
+        state = self.state
+        if tokens is not None or not state.seen:
+            return  # the ids of what was read are not kept; those that come will do
+        past = dataclasses.replace(state, seen=state.held)
+        width = torch.empty(1, state.seen - state.held, dtype=torch.long)
+        chosen = choose(past, policy.sinks, width, None, positions)
+        arriving = _indices(chosen, state.held, state.seen, state.base)
+        if arriving:
+            for layer in self.layers:
+                layer.remember(arriving)
+        state.sinks = chosen
+
+    # --- room ---
+
+    def _first(self) -> int:
+        """First column that the next query sees in its window."""
+        recent = self._policy.recent
+        return max(self.state.held, 0 if recent is None else self.state.seen - recent + 1)
+
+    def _standard(self) -> int | None:
+        """Length of the buffer that a stream settles at."""
+        size = capacity(self._policy)
+        return None if size is None else size + max(SLACK, size // 2)
+
+    def _fit(self, new: int) -> tuple[bool, int]:
+        """Whether the window has to move before `new` tokens are written, and the length of the buffer then."""
+        sinks, first, seen = self._policy.sinks, self._first(), self.state.seen
+        needed, standard = sinks + seen - first + new, self._standard()
+        length = max(SLACK, needed + needed // 2)
+        if standard is not None:
+            length = max(needed, min(length, standard))
+        if self.limit is not None:
+            length = max(needed, min(length, self.limit))
+        start, window = seen - self.state.base, first - self.state.base
+        stays = (
+            start + new <= self.length and window >= sinks and (standard is None or self.length <= max(standard, SLACK))
+        )
+        return not stays, length
+
+    def _make_room(self, new: int) -> None:
+        moves, length = self._fit(new)
+        if not moves:
+            return
+        if self.limit is not None and length > self.limit:
+            raise SqvizError(
+                f"{self.lm.name} has angles for {self.limit} positions; the window and {new} new tokens need {length}. "
+                f"Use a smaller window than {self._policy}, or feed fewer tokens at a time"
+            )
+        first, sinks = self._first(), self._policy.sinks
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.move(first - self.state.base, self.state.seen - self.state.base, sinks, length)
+        self.state.base, self.state.held, self.length = first - sinks, max(self.state.held, first), length
+
+    # --- checks ---
+
+    def _check_policy(self, policy: Any) -> None:
+        if isinstance(policy, Recompute) or not hasattr(policy, "sinks"):
+            raise SqvizError(f"{policy!r} keeps no cache; Dense(), Window(n) and Sinks(s, r) do")
+        size, config = capacity(policy), self.lm.config
+        if self.limit is not None and size is not None and size > self.limit:
+            raise SqvizError(f"{policy} needs {size} positions and {self.lm.name} has angles for {self.limit}")
+        kinds = getattr(config, "layer_types", None) or []
+        slides = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
+        window = getattr(config, "sliding_window", None) if slides else None
+        if window is not None and size is not None and size > window:
+            raise SqvizError(
+                f"layers of {self.lm.name} see {window} tokens at most (sliding_window), which would hide the sinks of "
+                f"{policy}. Use a cache of {window} keys or fewer: sqviz.Sinks(4, {max(1, window - 4)})"
+            )
+
+    def _take_mask(self, mask: Tensor | None, rows: int, new: int) -> None:
+        if mask is None:
+            return
+        if mask.ndim != 2:
+            raise SqvizError(
+                "a SinkCache makes its own attention masks; give it the [batch, token] padding mask or none"
+            )
+        mask = mask.bool().cpu()
+        if self.state.seen:
+            if not bool(mask[:, -new:].all()):
+                raise SqvizError(
+                    "padding between the tokens of a stream is not possible; pad the first chunk on the left"
+                )
+            return
+        mask = mask[:, -new:]
+        pads = (~mask).sum(-1)
+        if not torch.equal(mask, torch.arange(new)[None] >= pads[:, None]) or not bool(mask[:, -1].all()):
+            raise SqvizError("pad on the left (tokenizer.padding_side = 'left'): a stream goes on at its right end")
+        self.state.pads = pads if bool(pads.any()) else None
+        if self.state.pads is not None and isinstance(self.scheme, Alibi) and self.scheme.form == "mpt":
+            raise SqvizError("MPT's bias has no batch dimension: run texts of different lengths one at a time")
+
+
+def _rule(policy: Cached) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Which token ids, and which positions, may become sinks."""
+    return (policy.tokens, policy.positions) if isinstance(policy, Sinks) else (None, None)
+
+
+def _indices(chosen: Int[Tensor, "row sink"], first: int, stop: int, base: int) -> dict[int, Int[Tensor, " row"]]:
+    """{sink: [row] buffer index} of the sinks among columns first … stop − 1; −1 for rows whose sink is elsewhere."""
+    among = (chosen >= first) & (chosen < stop)
+    return {
+        j: torch.where(among[:, j], chosen[:, j] - base, -1) for j in range(chosen.shape[1]) if bool(among[:, j].any())
+    }
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,156 @@
+"""One layer of a `SinkCache`: where keys and values are written, turned and read."""
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sqviz.errors import SqvizError
+from sqviz.streaming.policies import capacity
+from sqviz.streaming.positions import Rotary, angles, turn
+
+if TYPE_CHECKING:
+    from sqviz.streaming.cache import SinkCache
+
+
+class SinkLayer(CacheLayerMixin):
+    """Keys and values in buffers [batch head index dim], and the sinks apart, turned back to position 0.
+
+    Both pairs are lists of two, keys and values, because MLA turns the second: it caches (latent, turned key).
+    """
+
+    is_sliding = False
+
+    def __init__(self, cache: "SinkCache", omega: Float[Tensor, " pair"] | None) -> None:
+        super().__init__()
+        self._cache = weakref.ref(cache)
+        self._omega = omega
+        rotary = cache.scheme if isinstance(cache.scheme, Rotary) else Rotary()
+        self._turned = ("keys", "values").index(rotary.tensor) if omega is not None else None
+        self._pairs = rotary.pairs
+        self.buffers: list[Float[Tensor, "batch head index dim"]] = []
+        self.sinks: list[Float[Tensor, "batch head sink dim"]] = []
+
+    @property
+    def cache(self) -> "SinkCache":
+        """The cache that this layer belongs to."""
+        cache = self._cache()
+        assert cache is not None
+        return cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers, as long as the cache says."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        pair = (key_states, value_states)
+        self.buffers = [_zeros(x, self.cache.length, x.dtype) for x in pair]
+        self.sinks = [_zeros(x, self.cache.policy.sinks, wide) for x in pair]
+        self.is_initialized = True
+
+    @torch.no_grad()
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values; returns those that the queries of this pass attend to."""
+        now = self.cache.now
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, now.start : now.end] = states
+        if self.cache.arriving:
+            self.remember(self.cache.arriving)
+        if not now.taken:
+            keys, values = (buffer[:, :, now.window : now.end] for buffer in self.buffers)
+        elif now.each:
+            keys, values = (
+                torch.cat([self._own(which), buffer[:, :, now.window : now.end]], 2)
+                for which, buffer in enumerate(self.buffers)
+            )
+        else:
+            for which, buffer in enumerate(self.buffers):
+                buffer[:, :, now.window - now.taken : now.window] = self._placed(which)
+            keys, values = (buffer[:, :, now.window - now.taken : now.end] for buffer in self.buffers)
+        return keys, values
+
+    def _placed(self, which: int) -> Float[Tensor, "batch head sink dim"]:
+        """The sinks where the queries of this pass want them."""
+        sinks = self.sinks[which][:, :, : self.cache.now.taken]
+        return turn(sinks, self.cache.angles_of(self._omega), self._pairs) if which == self._turned else sinks
+
+    def _own(self, which: int) -> Float[Tensor, "batch head key dim"]:
+        """Sinks for each query, turned to where it wants them; one query after the other."""
+        sinks = self.sinks[which][:, :, None, : self.cache.now.taken]
+        if which == self._turned:
+            sinks = turn(sinks, self.cache.angles_of(self._omega), self._pairs)
+        return sinks.expand(-1, -1, self.cache.now.new, -1, -1).flatten(2, 3).to(self.dtype)
+
+    @torch.no_grad()
+    def remember(self, columns: Mapping[int, Int[Tensor, " row"]]) -> None:
+        """Keep the keys and values of new sinks: {sink: [row] buffer index, −1 where the row has none yet}.
+
+        One row stands for all rows of the batch.
+        """
+        for which, buffer in enumerate(self.buffers):
+            missing = max(columns) + 1 - self.sinks[which].shape[2]
+            if missing > 0:
+                more = _zeros(buffer, missing, self.sinks[which].dtype)
+                with torch.inference_mode(False):
+                    self.sinks[which] = torch.cat([self.sinks[which], more], 2)
+            for sink, index in columns.items():
+                index = index.expand(len(buffer))
+                rows = torch.nonzero(index >= 0).flatten()
+                index = index[rows]
+                found = buffer[rows, :, index].to(self.sinks[which].dtype)  # [row head dim]
+                if which == self._turned and self._omega is not None:
+                    back = angles(-index[:, None].to(self.device), self._omega, self.dtype)  # [row 1 pair]
+                    found = turn(found, back, self._pairs)
+                self.sinks[which][rows, :, sink] = found
+
+    @torch.no_grad()
+    def move(self, start: int, stop: int, to: int, length: int) -> None:
+        """Move what lies from start to stop to the index `to` of a buffer of this length, and turn keys by as much."""
+        for which, buffer in enumerate(self.buffers):
+            kept = buffer[:, :, start:stop].clone()
+            if which == self._turned and self._omega is not None and start != to:
+                by = torch.full((1,), to - start, device=buffer.device)
+                kept = turn(kept, angles(by, self._omega, self.dtype), self._pairs)
+            if length != buffer.shape[2]:
+                self.buffers[which] = _zeros(buffer, length, buffer.dtype)
+            self.buffers[which][:, :, to : to + stop - start] = kept
+
+    def _check(self, keys: Tensor) -> None:
+        if keys.dtype != self.dtype or keys.device != self.device:
+            raise SqvizError(
+                f"this cache holds {self.dtype} keys on {self.device}, and the model now gives {keys.dtype} on "
+                f"{keys.device}. Make a new SinkCache after moving or converting the model"
+            )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(number of keys attended to, 0)."""
+        return self.cache.kept + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far, evicted ones included: generate() cuts the prompt by it."""
+        return self.cache.state.seen
+
+    def get_max_length(self) -> int:
+        """Most keys held, −1 without a limit."""
+        return capacity(self.cache.policy) or -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.buffers, self.sinks, self.is_initialized = [], [], False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows in another order (beam search)."""
+        self.buffers = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers]
+        self.sinks = [sinks.index_select(0, beam_idx.to(sinks.device)) for sinks in self.sinks]
+
+
+def _zeros(like: Float[Tensor, "batch head _ dim"], length: int, dtype: torch.dtype) -> Tensor:
+    """[batch head length dim], to be written to inside of inference mode and outside of it."""
+    with torch.inference_mode(False):
+        return torch.zeros(*like.shape[:2], length, like.shape[3], dtype=dtype, device=like.device)

@@ -1,0 +1,106 @@
+"""How a model is told the positions and masks of a `SinkCache`: by hooks that replace arguments of its forward.
+
+The hooks live as long as the cache and act only on calls that are given this very cache; for all other calls the model
+is what it was. The base model is told `position_ids` (indices of the buffer) and a mask; attention modules with ALiBi,
+whose models compute the bias themselves from the length of the text, are told bias and mask.
+"""
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sqviz.errors import SqvizError
+from sqviz.models.lm import LM
+from sqviz.streaming.positions import Alibi, bias, slopes
+
+if TYPE_CHECKING:
+    from sqviz.streaming.cache import SinkCache
+
+Arguments = dict[str, Any]
+
+
+def steer(cache: "SinkCache") -> list[Any]:
+    """Put the hooks on; returns their handles."""
+    base: nn.Module = cache.lm.model.base_model  # type: ignore[assignment]
+    mine = weakref.ref(cache)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Any, Arguments] | None:
+        cache = mine()
+        if cache is None or kwargs.get("past_key_values") is not cache:
+            return None
+        return args, kwargs | _told(cache, args, kwargs)
+
+    def after(_: nn.Module, __: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
+        cache = mine()
+        if cache is not None and kwargs.get("past_key_values") is cache:
+            cache.abort() if output is None else cache.commit()  # None: it raised
+
+    handles: list[Any] = [
+        base.register_forward_pre_hook(before, with_kwargs=True),
+        base.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
+    if not isinstance(cache.scheme, Alibi):
+        return handles
+    form, slope = cache.scheme.form, slopes(cache.lm, cache.scheme.form, cache.lm.device)
+
+    def biased(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Any, Arguments] | None:
+        cache = mine()
+        if cache is None or kwargs.get("past_key_values", kwargs.get("layer_past")) is not cache:
+            return None
+        if cache.bias is None:
+            cache.bias = _biased(cache, form, slope)
+        return args, kwargs | cache.bias
+
+    for block in cache.lm.model.get_submodule(cache.lm.arch.blocks).children():
+        attention = block.get_submodule(cache.scheme.attention)
+        handles.append(attention.register_forward_pre_hook(biased, with_kwargs=True))
+    return handles
+
+
+def _told(cache: "SinkCache", args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    """What the base model's forward is told instead of what it was given."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    given = kwargs["inputs_embeds"] if ids is None else ids
+    rows, new = given.shape[:2]
+    now = cache.begin(ids, rows, new, kwargs.get("attention_mask"))
+    if isinstance(cache.scheme, Alibi):
+        # Falcon makes a bias of the length of this mask before ours replaces it.
+        ones = torch.ones(rows, now.keys, dtype=torch.long, device=given.device)
+        return {"attention_mask": ones if cache.scheme.form == "falcon" else None}
+    positions = torch.arange(now.start, now.end, device=given.device)[None].expand(rows, -1)
+    if now.visible is None:
+        return {"attention_mask": None, "position_ids": positions}
+    if str(cache.lm.config._attn_implementation).startswith("flash"):
+        raise SqvizError("flash attention takes no mask: feed one token at a time, or load with sdpa attention")
+    mask = _additive(now.visible.to(given.device), cache.lm.dtype)
+    return {"attention_mask": mask[:, None].expand(rows, -1, -1, -1), "position_ids": positions}
+
+
+def _additive(visible: Bool[Tensor, "row query key"], dtype: torch.dtype) -> Float[Tensor, "row query key"]:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _biased(cache: "SinkCache", form: str, slope: Float[Tensor, " head"]) -> Arguments:
+    """What attention modules with ALiBi are told instead; the same for all layers of a pass."""
+    now, rows, dtype = cache.now, cache.rows, cache.lm.dtype
+    assert now.places is not None
+    assert now.visible is not None
+    added = bias(now.places.to(slope.device), slope, form, dtype)  # [row head query key]
+    visible = now.visible.to(slope.device)
+    if form == "mpt":
+        return {"position_bias": added[0], "attention_mask": ~visible[:, None]}
+    if form == "bloom":
+        mask = _additive(visible, dtype)[:, None]
+        return {"alibi": added.expand(rows, -1, -1, -1).flatten(0, 1), "attention_mask": mask}
+    mask = added / math.sqrt(head_dim(cache.lm))
+    return {"attention_mask": mask.masked_fill(~visible[:, None], torch.finfo(dtype).min).expand(rows, -1, -1, -1)}
+
+
+def head_dim(lm: LM) -> int:
+    """Channels per head."""
+    return int(lm.config.hidden_size // lm.config.num_attention_heads)
