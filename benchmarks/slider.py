@@ -7,6 +7,7 @@ Measured in the page, from the input event (its own time stamp):
     exact error        α moved → the exact error from the kernel stands in the view, for linears of the embedded model
     … kernel busy      the same while a cell multiplies matrices
     … while sweeping   the same while the worker sweeps all layers under a new scheme
+    … dragging         the same for every frame of a drag by mouse over the whole slider
     … worker ahead     the same once the worker has computed every stop of the slider: it does so by itself, some two
                        seconds after a linear is opened; everywhere else in this benchmark it is kept from it
     large              a synthetic linear of 4096 × 11008: the sampled error, and the exact one
@@ -114,6 +115,24 @@ def repaint(page: Page, place: int) -> float:
     press(page, ".sm-range", "ArrowRight", place)
     page.wait_for_function(f"(before) => {samples}.length > before", arg=before)
     return float(page.evaluate(f"{samples}.at(-1)"))
+
+
+def drag(page: Page, seconds: float = 4.0) -> list[float]:
+    """The same, for every frame of a drag from one end of the slider to the other and back."""
+    samples = "document.querySelectorAll('.sqviz.sm')[0].__sqviz_timings"
+    before = page.evaluate(f"{samples}.length")
+    box = page.locator(".sm-range").nth(0).bounding_box()
+    assert box
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    steps = int(seconds * 60)
+    for step in range(steps):
+        part = abs(((step / steps * 2) % 2) - 1)
+        page.mouse.move(box["x"] + 8 + part * (box["width"] - 16), box["y"] + box["height"] / 2)
+        page.wait_for_timeout(12)
+    page.mouse.up()
+    page.wait_for_timeout(200)
+    return [float(value) for value in page.evaluate(f"{samples}.slice({before})")]
 
 
 def settled(page: Page, view: str = "view") -> None:
@@ -241,6 +260,11 @@ def ahead(page: Page, rounds: int, note: Callable[[str, float], None]) -> None:
     for linear in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"):
         kernel(page, f"view.linear = 'model.layers.22.{linear}'\nview.alpha = 0.0")
         settled(page)
+        for value in drag(page):
+            note("repaint, dragging", value)
+        settled(page)
+        kernel(page, "view.alpha = 0.0")
+        settled(page)
         for _ in range(rounds // 3):
             note(f"exact error, {linear}, worker ahead", exact(page, 0))
             settled(page)
@@ -266,6 +290,7 @@ LIMITS = {
     "large, sampled": "≤ 2 × echo",
     "next layer": "≤ 300",
 }
+LIMITS["repaint, dragging"] = LIMITS["repaint"]
 LIMITS |= {f"{name}, worker ahead": LIMITS[name] for name in ("repaint", "large, sampled")}
 LIMITS |= {f"{name}, worker ahead": limit for name, limit in LIMITS.items() if name.startswith("exact error")}
 
