@@ -33,6 +33,10 @@ class NotEquivalent(SqvizError):
     """A transformation that must not change the logits did."""
 
 
+class TooLarge(SqvizError, MemoryError):
+    """Work that would not fit into memory, refused before the machine runs out of it."""
+
+
 class DownloadError(OSError):
     """The embedded model could not be fetched, or what arrived is not what was expected."""
 

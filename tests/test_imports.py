@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sqviz"
 # top to bottom; modules of one line may import one another
 ORDER = [
-    ("errors", "progress"),
+    ("errors", "progress", "tensorfile"),
     ("models",),
     ("corpus",),
     ("observe",),

@@ -10,7 +10,6 @@ have 32 rows.
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sqviz.errors import SqvizError
 from sqviz.observe.magnitudes import GroupInfo, InputStats, Magnitudes, TopToken, WeightStats
 from sqviz.observe.reduce import max_pool
+from sqviz.tensorfile import write_tensors
 
 FORMAT, VERSION = "sqviz-magnitudes", 1
 DECADES, CODES = 6, 254
@@ -59,7 +58,7 @@ def save(
         "scales": list(magnitudes.scales),
     }
     tensors |= {f"scales/{index}": scale.contiguous() for index, scale in enumerate(magnitudes.scales.values())}
-    _write(tensors, {"format": FORMAT, "version": str(VERSION), "table": json.dumps(table)}, Path(path))
+    write_tensors(tensors, {"format": FORMAT, "version": str(VERSION), "table": json.dumps(table)}, Path(path))
 
 
 def load(path: str | os.PathLike[str]) -> Magnitudes:
@@ -185,17 +184,3 @@ def _decode(part: Tensor, peak: float | None, field: str) -> Tensor:
     if part.dtype == torch.int16:
         return part.to(torch.int32)
     return part.float() if part.dtype == torch.float16 and field != "map" else part
-
-
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Under another name beside the target first, then renamed: a full disk or a kill leaves the old file as it was."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, name, metadata=metadata)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except SafetensorError as failed:
-        raise OSError(f"could not write {str(path)!r}: {failed}") from failed
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -34,6 +34,9 @@ class Window:
 
     recent: int
 
+    def __repr__(self) -> str:
+        return f"Window({self.recent})"
+
     def __post_init__(self) -> None:
         _check_recent(self, self.recent)
 
@@ -72,10 +75,11 @@ class Sinks:
                 raise SqvizError(f"{name}={chosen!r}: give one or more whole numbers, 0 at least, or None for any.")
             object.__setattr__(self, name, tuple(sorted(set(chosen))))
 
-    @property
-    def first(self) -> bool:
-        """Whether the sinks are simply the first tokens."""
-        return self.tokens is None and self.positions is None
+    def __repr__(self) -> str:
+        chosen = "".join(
+            f", {name}={getattr(self, name)}" for name in ("tokens", "positions") if getattr(self, name) is not None
+        )
+        return f"Sinks({self.sinks}, {self.recent}{chosen})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,9 @@ class Recompute:
     """For each new token, run the `recent` latest tokens through the model without a cache."""
 
     recent: int
+
+    def __repr__(self) -> str:
+        return f"Recompute({self.recent})"
 
     def __post_init__(self) -> None:
         _check_recent(self, self.recent)
