@@ -25,16 +25,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sqviz.corpus.segments import Text, as_tokens
-from sqviz.errors import NonFinite, SqvizError, TextTooShort, TooLarge
+from sqviz.errors import NonFinite, SqvizError, TextTooShort
 from sqviz.models.lm import LM
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
-from sqviz.streaming.cache import SinkCache
 from sqviz.streaming.checkpoint import Checkpoint
-from sqviz.streaming.policies import Dense, Policy, Recompute, Sinks
+from sqviz.streaming.feed import BLOCK, Feed
+from sqviz.streaming.policies import Policy, Sinks
 
-BLOCK = 256
-"""Tokens per forward pass of the parallel method."""
 WIDENED = 128  # positions whose logits are widened to float32 at a time
 MARK = 1024  # tokens between two rows of the trace
 
@@ -147,7 +145,7 @@ def streaming_perplexity(
         finally:
             if file is not None:
                 run.save(file)
-            run.close()
+            run.feed.close()
     return StreamPerplexity(policy, method, run.nll, run.trace())
 
 
@@ -157,51 +155,25 @@ class _Run:
     def __init__(self, lm: LM, ids: Int64[Tensor, " token"], policy: Policy, method: str, block: int) -> None:
         self.lm, self.ids, self.policy, self.method, self.block = lm, ids, policy, method, block
         self.nll = torch.zeros(len(ids) - 1)
-        self.read, self.scored = 0, 0
-        self.cache = None if isinstance(policy, Recompute) else SinkCache(lm, policy)
+        self.scored = 0
+        self.feed = Feed(lm, ids, policy, block)
         self._marks: list[tuple[float, float, float]] = []
         self._spent, self._start, self._process = 0.0, time.perf_counter(), psutil.Process()
 
     def passes(self) -> Iterator[int]:
         """Tokens read by each pass."""
-        while self.read < len(self.ids):
-            before = self.read
-            with torch.no_grad():
-                logits, targets = self._windows() if self.cache is None else self._block(self.cache)
-                self._score(logits, targets)
+        for before, logits in self.feed.passes():
+            self._score(logits, self.ids[before + 1 : self.read + 1])
             self._mark()
             yield self.read - before
 
-    def _block(self, cache: SinkCache) -> tuple[Tensor, Tensor]:
-        """Logits of the next block, and the tokens that follow each of its tokens."""
-        part = self.ids[self.read : self.read + self.block]
-        logits = self.lm.model(input_ids=part[None].to(self.lm.device), past_key_values=cache, use_cache=True).logits[0]
-        if isinstance(self.policy, Dense) and self.read == 0:
-            _check_fits(cache, len(self.ids))
-        self.read += len(part)
-        targets = self.ids[self.read - len(part) + 1 : self.read + 1]
-        return logits[: len(targets)], targets
-
-    def _windows(self) -> tuple[Tensor, Tensor]:
-        """The same by recomputation: first the tokens that still see all before them, then windows side by side."""
-        assert isinstance(self.policy, Recompute)
-        recent = self.policy.recent
-        if self.read == 0:
-            part = self.ids[:recent]
-            logits = self.lm.model(input_ids=part[None].to(self.lm.device), use_cache=False).logits[0]
-            self.read = len(part)
-            targets = self.ids[1 : self.read + 1]
-            return logits[: len(targets)], targets
-        most = max(1, self.block // recent) if self.method == "parallel" else 1
-        ends = range(self.read, min(self.read + most, len(self.ids)))
-        windows = torch.stack([self.ids[end - recent + 1 : end + 1] for end in ends])
-        logits = self.lm.model(input_ids=windows.to(self.lm.device), use_cache=False).logits[:, -1]
-        self.read = ends.stop
-        targets = self.ids[ends.start + 1 : ends.stop + 1]
-        return logits[: len(targets)], targets
+    @property
+    def read(self) -> int:
+        """Tokens that went through the model."""
+        return self.feed.read
 
     def _score(self, logits: Float[Tensor, "token vocabulary"], targets: Int64[Tensor, " token"]) -> None:
-        targets = targets.to(logits.device)
+        logits, targets = logits[: len(targets)], targets.to(logits.device)
         parts = [
             cross_entropy(some.float(), wanted, reduction="none")
             for some, wanted in zip(logits.split(WIDENED), targets.split(WIDENED), strict=True)
@@ -242,37 +214,19 @@ class _Run:
     def save(self, file: Checkpoint) -> None:
         """Write where the run stands; in the middle of a pass that failed, leave the file as it was."""
         if self.scored != min(self.read, len(self.nll)) or (
-            self.cache is not None and self.cache.state.seen != self.read
+            self.feed.cache is not None and self.feed.cache.state.seen != self.read
         ):
             return
         seconds = self._spent + time.perf_counter() - self._start
         mine = {"nll": self.nll[: self.scored], "trace": self.trace()}
-        file.write(self.cache, mine, {"read": self.read, "seconds": seconds})
+        file.write(self.feed.cache, mine, {"read": self.read, "seconds": seconds})
 
     def resume(self, file: Checkpoint) -> None:
         """Go on where the file stands, if it is there."""
-        found = file.read(self.cache)
+        found = file.read(self.feed.cache)
         if found is None:
             return
         tensors, numbers = found
-        self.scored, self.read, self._spent = len(tensors["nll"]), int(numbers["read"]), float(numbers["seconds"])
+        self.scored, self.feed.read, self._spent = len(tensors["nll"]), int(numbers["read"]), float(numbers["seconds"])
         self.nll[: self.scored] = tensors["nll"]
         self._marks = [tuple(row) for row in tensors["trace"].tolist()]
-
-    def close(self) -> None:
-        """Take the cache's hooks off the model."""
-        if self.cache is not None:
-            self.cache.close()
-
-
-def _check_fits(cache: SinkCache, tokens: int) -> None:
-    """Refuse a dense run that would not fit, before the machine is out of memory."""
-    each = sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for layer in cache.layers for x in layer.buffers)
-    needed = int(2.5 * each * tokens)  # the buffer grows by half, and both are there while it is copied
-    device = cache.lm.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > 0.9 * free:
-        raise TooLarge(
-            f"Dense() keeps {each / 1e3:.0f} kB per token: {tokens} tokens need about {needed / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB are free. Score fewer tokens, or use sqviz.Sinks(4, 1020), whose memory does not grow"
-        )
