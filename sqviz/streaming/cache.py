@@ -12,7 +12,7 @@ import weakref
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -56,7 +56,7 @@ class SinkCache(Cache):
         self._check_policy(self._policy)
         self.state, self.length = State(), 0
         self._plan: Plan | None = None
-        self._pending: Int[Tensor, "row sink"] | None = None
+        self._pending: State | None = None
         self._turns: dict[int, Angles] = {}
         self.bias: dict[str, Any] | None = None
         self.arriving: dict[int, Int[Tensor, " row"]] = {}
@@ -82,6 +82,7 @@ class SinkCache(Cache):
 
     @policy.setter
     def policy(self, policy: Cached) -> None:
+        self.abort()
         self._check_policy(policy)
         self._policy = policy
         self.state.sinks = self.state.sinks[:, : policy.sinks]
@@ -108,8 +109,9 @@ class SinkCache(Cache):
 
     def reset(self) -> None:
         """Forget everything that was read."""
+        self.abort()
         super().reset()
-        self.state, self.length, self.rows, self._plan = State(), 0, 0, None
+        self.state, self.length, self.rows = State(), 0, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows in another order (beam search)."""
@@ -152,6 +154,8 @@ class SinkCache(Cache):
 
     def begin(self, ids: Int[Tensor, "batch token"] | None, rows: int, new: int, mask: Tensor | None) -> Plan:
         """Make room for `new` tokens and plan the pass. Changes nothing that a failed pass would have to undo."""
+        if not self.state.seen:
+            self.reset()  # a first pass that failed may have left buffers of another shape
         self.abort()
         if new == 0 or rows == 0:
             raise SqvizError(f"there is nothing to read: {rows} rows of {new} tokens")
@@ -159,12 +163,13 @@ class SinkCache(Cache):
             raise SqvizError(
                 f"this cache holds {self.rows} rows and was given {rows}. Use one cache per batch, or reset()"
             )
-        self._take_mask(mask, rows, new)
-        self._pending = self._choose(ids, new)
+        pads = self._pads(mask, new)
+        self._check_rows(rows, pads)
+        sinks = self._choose(pads, ids, new)
         self._make_room(new)
-        state = dataclasses.replace(self.state, sinks=self._pending)
+        self._pending = dataclasses.replace(self.state, pads=pads, sinks=sinks)
         alibi = isinstance(self.scheme, Alibi)
-        self._plan = plan(state, new, self._policy.recent, turned=not alibi, places=alibi)
+        self._plan = plan(self._pending, new, self._policy.recent, turned=not alibi, places=alibi)
         self.rows = rows
         return self._plan
 
@@ -172,9 +177,7 @@ class SinkCache(Cache):
         """The pass went through all layers."""
         assert self._plan is not None
         assert self._pending is not None
-        self.state.seen += self._plan.new
-        self.state.held = self._plan.held
-        self.state.sinks = self._pending
+        self.state = dataclasses.replace(self._pending, seen=self.state.seen + self._plan.new, held=self._plan.held)
         self.abort()
 
     def abort(self) -> None:
@@ -182,16 +185,24 @@ class SinkCache(Cache):
         self._plan, self._pending, self.bias = None, None, None
         self.arriving, self._turns = {}, {}
 
-    def _choose(self, ids: Tensor | None, new: int) -> Int[Tensor, "row sink"]:
+    @property
+    def hidden(self) -> Bool[Tensor, "row key"] | None:
+        """Which keys of a pass without sinks are padding; None without padding."""
+        if self._pending is None or self._pending.pads is None:
+            return None
+        columns = self.state.base + self.now.window + torch.arange(self.now.keys)
+        return columns[None] < self._pending.pads[:, None]
+
+    def _choose(self, pads: Tensor | None, ids: Tensor | None, new: int) -> Int[Tensor, "row sink"]:
         """The sinks once the new tokens are read; those among them are noted as `arriving`."""
         tokens, positions = _rule(self._policy)
         if tokens is not None and ids is None:
             raise SqvizError(f"{self._policy} chooses sinks by token id, so the model has to be given input_ids")
         if tokens is None or ids is None:
             ids = torch.empty(1, new, dtype=torch.long)
-        chosen = choose(self.state, self._policy.sinks, ids, tokens, positions)
-        base = self._first() - self._policy.sinks if self._fit(new)[0] else self.state.base
-        self.arriving = _indices(chosen, self.state.seen, self.state.seen + new, base)
+        state = dataclasses.replace(self.state, pads=pads)
+        chosen = choose(state, self._policy.sinks, ids, tokens, positions)
+        self.arriving = _among(chosen, self.state.seen, self.state.seen + new)
         return chosen
 
     def _adopt(self, policy: Cached) -> None:
@@ -203,7 +214,7 @@ class SinkCache(Cache):
         past = dataclasses.replace(state, seen=state.held)
         width = torch.empty(1, state.seen - state.held, dtype=torch.long)
         chosen = choose(past, policy.sinks, width, None, positions)
-        arriving = _indices(chosen, state.held, state.seen, state.base)
+        arriving = _among(chosen, state.held, state.seen)
         if arriving:
             for layer in self.layers:
                 layer.remember(arriving)
@@ -225,31 +236,36 @@ class SinkCache(Cache):
         """Whether the window has to move before `new` tokens are written, and the length of the buffer then."""
         sinks, first, seen = self._policy.sinks, self._first(), self.state.seen
         needed, standard = sinks + seen - first + new, self._standard()
-        length = max(SLACK, needed + needed // 2)
+        length = needed + max(SLACK, needed // 2)
         if standard is not None:
             length = max(needed, min(length, standard))
         if self.limit is not None:
             length = max(needed, min(length, self.limit))
         start, window = seen - self.state.base, first - self.state.base
-        stays = (
-            start + new <= self.length and window >= sinks and (standard is None or self.length <= max(standard, SLACK))
-        )
+        stays = start + new <= self.length and window >= sinks and (standard is None or self.length <= standard)
         return not stays, length
 
     def _make_room(self, new: int) -> None:
+        """Drop what no query sees any more, and move the window if the new tokens would not fit.
+
+        If this is cut short, layers differ in their base; the next call brings them together again.
+        """
+        first, base = self._first(), self.state.base
         moves, length = self._fit(new)
-        if not moves:
-            return
-        if self.limit is not None and length > self.limit:
+        if moves:
+            base = first - self._policy.sinks
+        else:
+            length = self.length
+        if moves and self.limit is not None and length > self.limit:
             raise SqvizError(
                 f"{self.lm.name} has angles for {self.limit} positions; the window and {new} new tokens need {length}. "
                 f"Use a smaller window than {self._policy}, or feed fewer tokens at a time"
             )
-        first, sinks = self._first(), self._policy.sinks
+        self.state.held = first
         for layer in self.layers:
             if layer.is_initialized:
-                layer.move(first - self.state.base, self.state.seen - self.state.base, sinks, length)
-        self.state.base, self.state.held, self.length = first - sinks, max(self.state.held, first), length
+                layer.move(first, self.state.seen, base, length)
+        self.state.base, self.length = base, length
 
     # --- checks ---
 
@@ -268,27 +284,37 @@ class SinkCache(Cache):
                 f"{policy}. Use a cache of {window} keys or fewer: sqviz.Sinks(4, {max(1, window - 4)})"
             )
 
-    def _take_mask(self, mask: Tensor | None, rows: int, new: int) -> None:
-        if mask is None:
+    def _check_rows(self, rows: int, pads: Tensor | None) -> None:
+        if not isinstance(self.scheme, Alibi) or self.scheme.form != "mpt":
             return
-        if mask.ndim != 2:
+        if pads is not None:
+            raise SqvizError("MPT's bias has no batch dimension: run texts of different lengths one at a time")
+        if rows > 1 and _rule(self._policy)[0] is not None:
+            raise SqvizError("MPT's bias has no batch dimension: choose sinks by token id one text at a time")
+
+    def _pads(self, mask: Any, new: int) -> Int[Tensor, " row"] | None:
+        """Padding columns on the left, as the mask of the first chunk tells them; later masks must agree."""
+        known = self.state.pads
+        if mask is None:
+            return known
+        if getattr(mask, "ndim", 0) != 2:
             raise SqvizError(
                 "a SinkCache makes its own attention masks; give it the [batch, token] padding mask or none"
             )
-        mask = mask.bool().cpu()
+        latest = mask[:, -new:].bool().cpu()
         if self.state.seen:
-            if not bool(mask[:, -new:].all()):
+            told = mask.shape[1] == self.state.seen + new
+            before = (mask[:, :-new] == 0).sum(-1).cpu() if told else known
+            agree = before is known or bool((before == (0 if known is None else known)).all())
+            if not agree or not bool(latest.all()):
                 raise SqvizError(
                     "padding between the tokens of a stream is not possible; pad the first chunk on the left"
                 )
-            return
-        mask = mask[:, -new:]
-        pads = (~mask).sum(-1)
-        if not torch.equal(mask, torch.arange(new)[None] >= pads[:, None]) or not bool(mask[:, -1].all()):
+            return known
+        pads = (~latest).sum(-1)
+        if not torch.equal(latest, torch.arange(new)[None] >= pads[:, None]) or not bool(latest[:, -1].all()):
             raise SqvizError("pad on the left (tokenizer.padding_side = 'left'): a stream goes on at its right end")
-        self.state.pads = pads if bool(pads.any()) else None
-        if self.state.pads is not None and isinstance(self.scheme, Alibi) and self.scheme.form == "mpt":
-            raise SqvizError("MPT's bias has no batch dimension: run texts of different lengths one at a time")
+        return pads if bool(pads.any()) else None
 
 
 def _rule(policy: Cached) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
@@ -296,12 +322,10 @@ def _rule(policy: Cached) -> tuple[tuple[int, ...] | None, tuple[int, ...] | Non
     return (policy.tokens, policy.positions) if isinstance(policy, Sinks) else (None, None)
 
 
-def _indices(chosen: Int[Tensor, "row sink"], first: int, stop: int, base: int) -> dict[int, Int[Tensor, " row"]]:
-    """{sink: [row] buffer index} of the sinks among columns first … stop − 1; −1 for rows whose sink is elsewhere."""
+def _among(chosen: Int[Tensor, "row sink"], first: int, stop: int) -> dict[int, Int[Tensor, " row"]]:
+    """{sink: [row] column} of the sinks among columns first … stop − 1; −1 for rows whose sink is elsewhere."""
     among = (chosen >= first) & (chosen < stop)
-    return {
-        j: torch.where(among[:, j], chosen[:, j] - base, -1) for j in range(chosen.shape[1]) if bool(among[:, j].any())
-    }
+    return {j: torch.where(among[:, j], chosen[:, j], -1) for j in range(chosen.shape[1]) if bool(among[:, j].any())}
 
 
 def _remove(handles: list[Any]) -> None:

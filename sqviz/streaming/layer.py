@@ -34,6 +34,7 @@ class SinkLayer(CacheLayerMixin):
         self._pairs = rotary.pairs
         self.buffers: list[Float[Tensor, "batch head index dim"]] = []
         self.sinks: list[Float[Tensor, "batch head sink dim"]] = []
+        self.base = 0
 
     @property
     def cache(self) -> "SinkCache":
@@ -49,6 +50,7 @@ class SinkLayer(CacheLayerMixin):
         pair = (key_states, value_states)
         self.buffers = [_zeros(x, self.cache.length, x.dtype) for x in pair]
         self.sinks = [_zeros(x, self.cache.policy.sinks, wide) for x in pair]
+        self.base = self.cache.state.base
         self.is_initialized = True
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ class SinkLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def remember(self, columns: Mapping[int, Int[Tensor, " row"]]) -> None:
-        """Keep the keys and values of new sinks: {sink: [row] buffer index, −1 where the row has none yet}.
+        """Keep the keys and values of new sinks: {sink: [row] column, −1 where it is none of those in the buffer}.
 
         One row stands for all rows of the batch.
         """
@@ -99,10 +101,10 @@ class SinkLayer(CacheLayerMixin):
                 more = _zeros(buffer, missing, self.sinks[which].dtype)
                 with torch.inference_mode(False):
                     self.sinks[which] = torch.cat([self.sinks[which], more], 2)
-            for sink, index in columns.items():
-                index = index.expand(len(buffer))
-                rows = torch.nonzero(index >= 0).flatten()
-                index = index[rows]
+            for sink, column in columns.items():
+                column = column.expand(len(buffer))
+                rows = torch.nonzero(column >= 0).flatten()
+                index = column[rows] - self.base
                 found = buffer[rows, :, index].to(self.sinks[which].dtype)  # [row head dim]
                 if which == self._turned and self._omega is not None:
                     back = angles(-index[:, None].to(self.device), self._omega, self.dtype)  # [row 1 pair]
@@ -110,16 +112,23 @@ class SinkLayer(CacheLayerMixin):
                 self.sinks[which][rows, :, sink] = found
 
     @torch.no_grad()
-    def move(self, start: int, stop: int, to: int, length: int) -> None:
-        """Move what lies from start to stop to the index `to` of a buffer of this length, and turn keys by as much."""
+    def move(self, first: int, stop: int, base: int, length: int) -> None:
+        """Bring the columns first … stop − 1 to where `base` has them in buffers of this length; keys turn as much.
+
+        If this is cut short, nothing has changed.
+        """
+        if base == self.base and length == self.buffers[0].shape[2]:
+            return
+        moved = []
         for which, buffer in enumerate(self.buffers):
-            kept = buffer[:, :, start:stop].clone()
-            if which == self._turned and self._omega is not None and start != to:
-                by = torch.full((1,), to - start, device=buffer.device)
+            kept = buffer[:, :, first - self.base : stop - self.base]
+            if which == self._turned and self._omega is not None and base != self.base:
+                by = torch.full((1,), self.base - base, device=buffer.device)
                 kept = turn(kept, angles(by, self._omega, self.dtype), self._pairs)
-            if length != buffer.shape[2]:
-                self.buffers[which] = _zeros(buffer, length, buffer.dtype)
-            self.buffers[which][:, :, to : to + stop - start] = kept
+            new = _zeros(buffer, length, buffer.dtype)
+            new[:, :, first - base : stop - base] = kept
+            moved.append(new)
+        self.buffers, self.base = moved, base
 
     def _check(self, keys: Tensor) -> None:
         if keys.dtype != self.dtype or keys.device != self.device:
@@ -146,8 +155,9 @@ class SinkLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows in another order (beam search)."""
-        self.buffers = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers]
-        self.sinks = [sinks.index_select(0, beam_idx.to(sinks.device)) for sinks in self.sinks]
+        with torch.inference_mode(False), torch.no_grad():
+            self.buffers = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers]
+            self.sinks = [sinks.index_select(0, beam_idx.to(sinks.device)) for sinks in self.sinks]
 
 
 def _zeros(like: Float[Tensor, "batch head _ dim"], length: int, dtype: torch.dtype) -> Tensor:

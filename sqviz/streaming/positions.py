@@ -114,12 +114,12 @@ def limit_of(lm: LM, scheme: Rotary | Alibi) -> int | None:
         return None
     if not scheme.module:
         return int(lm.config.max_position_embeddings)  # GPT-J looks its angles up in a table
-    parameters = getattr(lm.config, "rope_parameters", None) or {}
-    by_type = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
-    if any(p.get("rope_type") in _SWITCHING for p in by_type):
-        original = [p.get("original_max_position_embeddings") for p in by_type]
-        return int(min(filter(None, [*original, lm.config.max_position_embeddings])))
-    return None
+    kinds = _kinds(lm)
+    if not kinds & {*_SWITCHING}:
+        return None
+    original = [p.get("original_max_position_embeddings") for p in _parameters(lm)]
+    most = int(min(filter(None, [*original, lm.config.max_position_embeddings])))
+    return most - ("dynamic" in kinds)  # which goes back to its first angles below that length only
 
 
 def frequencies(lm: LM, scheme: Rotary, layer: int) -> Float[Tensor, " pair"] | None:
@@ -133,9 +133,9 @@ def frequencies(lm: LM, scheme: Rotary, layer: int) -> Float[Tensor, " pair"] | 
         count = config.rotary_dim or config.hidden_size
         return 1.0 / 10000 ** (torch.arange(0, count, 2, dtype=torch.int64).float() / count).double()
     rotary = getattr(_base(lm), scheme.module)
-    found = getattr(rotary, f"{kind}_inv_freq", None)
-    found = rotary.inv_freq if found is None else found
-    return found.detach().double()
+    prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+    original = "original_" if _kinds(lm) & {*_SWITCHING} else ""  # `inv_freq` is whatever the last text needed
+    return getattr(rotary, f"{prefix}{original}inv_freq").detach().double()
 
 
 Angles = tuple[Float[Tensor, "*rest position pair"], Float[Tensor, "*rest position pair"]]
@@ -153,7 +153,7 @@ def turn(x: Float[Tensor, "*rest position dim"], by: Angles, pairs: str) -> Floa
 
     Dimensions beyond twice the number of frequencies are left alone (partial rotary).
     """
-    cos, sin = by
+    cos, sin = (part.to(x.device) for part in by)
     a, b, rest = _split(x.to(cos.dtype), cos.shape[-1], pairs)
     return _join(a * cos - b * sin, b * cos + a * sin, rest, pairs).to(x.dtype)
 
@@ -195,6 +195,15 @@ def bias(
         return (slope.bfloat16()[:, None, None] * places[:, None]).to(dtype)
     found = slope[:, None, None] * places[:, None]
     return found if form == "mpt" else found.to(dtype)
+
+
+def _parameters(lm: LM) -> list[dict[str, Any]]:
+    found = getattr(lm.config, "rope_parameters", None) or {}
+    return [found] if "rope_type" in found else [p for p in found.values() if isinstance(p, dict)]
+
+
+def _kinds(lm: LM) -> set[str]:
+    return {str(p.get("rope_type")) for p in _parameters(lm)}
 
 
 def _base(lm: LM) -> nn.Module:

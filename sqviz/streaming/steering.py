@@ -52,7 +52,8 @@ def steer(cache: "SinkCache") -> list[Any]:
         if cache is None or kwargs.get("past_key_values", kwargs.get("layer_past")) is not cache:
             return None
         if cache.bias is None:
-            cache.bias = _biased(cache, form, slope)
+            twice = cache.lm.config._attn_implementation != "sdpa" or bool(kwargs.get("output_attentions"))
+            cache.bias = _biased(cache, form, slope, twice)
         return args, kwargs | cache.bias
 
     for block in cache.lm.model.get_submodule(cache.lm.arch.blocks).children():
@@ -64,7 +65,9 @@ def steer(cache: "SinkCache") -> list[Any]:
 def _told(cache: "SinkCache", args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
     """What the base model's forward is told instead of what it was given."""
     ids = kwargs.get("input_ids", args[0] if args else None)
-    given = kwargs["inputs_embeds"] if ids is None else ids
+    given = kwargs.get("inputs_embeds") if ids is None else ids
+    if given is None:
+        raise SqvizError("the model was given neither input_ids nor inputs_embeds")
     rows, new = given.shape[:2]
     now = cache.begin(ids, rows, new, kwargs.get("attention_mask"))
     if isinstance(cache.scheme, Alibi):
@@ -74,6 +77,8 @@ def _told(cache: "SinkCache", args: tuple[Any, ...], kwargs: Arguments) -> Argum
     positions = torch.arange(now.start, now.end, device=given.device)[None].expand(rows, -1)
     if now.visible is None:
         return {"attention_mask": None, "position_ids": positions}
+    if cache.policy.recent is None and cache.hidden is not None:  # the model's own mask, with its sliding window
+        return {"attention_mask": (~cache.hidden).long().to(given.device), "position_ids": positions}
     if str(cache.lm.config._attn_implementation).startswith("flash"):
         raise SqvizError("flash attention takes no mask: feed one token at a time, or load with sdpa attention")
     mask = _additive(now.visible.to(given.device), cache.lm.dtype)
@@ -85,8 +90,12 @@ def _additive(visible: Bool[Tensor, "row query key"], dtype: torch.dtype) -> Flo
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def _biased(cache: "SinkCache", form: str, slope: Float[Tensor, " head"]) -> Arguments:
-    """What attention modules with ALiBi are told instead; the same for all layers of a pass."""
+def _biased(cache: "SinkCache", form: str, slope: Float[Tensor, " head"], twice: bool) -> Arguments:
+    """What attention modules with ALiBi are told instead; the same for all layers of a pass.
+
+    Falcon without sdpa adds the bias twice, as the mask holds it already. A model trained or measured that way is taken
+    as it is: here the mask holds both.
+    """
     now, rows, dtype = cache.now, cache.rows, cache.lm.dtype
     assert now.places is not None
     assert now.visible is not None
@@ -97,8 +106,9 @@ def _biased(cache: "SinkCache", form: str, slope: Float[Tensor, " head"]) -> Arg
     if form == "bloom":
         mask = _additive(visible, dtype)[:, None]
         return {"alibi": added.expand(rows, -1, -1, -1).flatten(0, 1), "attention_mask": mask}
-    mask = added / math.sqrt(head_dim(cache.lm))
-    return {"attention_mask": mask.masked_fill(~visible[:, None], torch.finfo(dtype).min).expand(rows, -1, -1, -1)}
+    mask = added * ((2 if twice else 1) / math.sqrt(head_dim(cache.lm)))
+    mask = mask.masked_fill(~visible[:, None], torch.finfo(dtype).min).expand(rows, -1, -1, -1)
+    return {"attention_mask": mask, "alibi": mask.new_zeros(rows * len(slope), 1, now.keys)}
 
 
 def head_dim(lm: LM) -> int:

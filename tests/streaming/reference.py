@@ -29,10 +29,14 @@ def kept(t: int, sinks: int, recent: int | None, chosen: Sequence[int] | None = 
     return [j for j in at if j < first] + list(range(first, t + 1))
 
 
-@torch.no_grad()
 def reference(lm: LM, ids: Tensor, sinks: int, recent: int | None, chosen: Sequence[int] | None = None) -> Tensor:
     """Logits [token vocabulary] of one text."""
-    keeps = [kept(t, sinks, recent, chosen) for t in range(len(ids))]
+    return seeing(lm, ids, [kept(t, sinks, recent, chosen) for t in range(len(ids))])
+
+
+@torch.no_grad()
+def seeing(lm: LM, ids: Tensor, keeps: list[list[int]]) -> Tensor:
+    """Logits [token vocabulary] of one text, given which tokens each of its tokens sees."""
     attentions = [
         block.get_submodule(ATTENTION.get(lm.arch.name, "self_attn"))
         for block in lm.model.get_submodule(lm.arch.blocks).children()
