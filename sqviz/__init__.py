@@ -35,6 +35,7 @@ _HOMES = {
     "sqviz.quant.linear": ["quantize"],
     "sqviz.streaming.policies": ["Dense", "Window", "Sinks", "Recompute"],
     "sqviz.streaming.cache": ["SinkCache"],
+    "sqviz.streaming.generate": ["stream_generate", "StreamStep"],
     "sqviz.streaming.perplexity": ["streaming_perplexity", "StreamPerplexity"],
     "sqviz.evaluation.perplexity": ["perplexity"],
     "sqviz.evaluation.policies": [
