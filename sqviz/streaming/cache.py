@@ -303,10 +303,11 @@ class SinkCache(Cache):
             )
         latest = mask[:, -new:].bool().cpu()
         if self.state.seen:
-            told = mask.shape[1] == self.state.seen + new
-            before = (mask[:, :-new] == 0).sum(-1).cpu() if told else known
-            agree = before is known or bool((before == (0 if known is None else known)).all())
-            if not agree or not bool(latest.all()):
+            agrees = bool(latest.all())
+            if mask.shape[1] == self.state.seen + new:
+                told = mask.shape[1] - mask.bool().sum(-1).cpu()
+                agrees &= torch.equal(told, (torch.zeros_like(told) if known is None else known))
+            if not agrees:
                 raise SqvizError(
                     "padding between the tokens of a stream is not possible; pad the first chunk on the left"
                 )

@@ -10,6 +10,7 @@ those inside the cache: the keys kept are numbered 0, 1, 2 … for each query, w
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from sqviz.errors import SqvizError
 
@@ -71,7 +72,10 @@ class Sinks:
             chosen = getattr(self, name)
             if chosen is None:
                 continue
-            if not all(isinstance(value, int) and value >= 0 for value in chosen) or not chosen:
+            whole = isinstance(chosen, Iterable) and all(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in chosen
+            )
+            if not whole or not chosen:
                 raise SqvizError(f"{name}={chosen!r}: give one or more whole numbers, 0 at least, or None for any.")
             object.__setattr__(self, name, tuple(sorted(set(chosen))))
 

@@ -26,17 +26,19 @@ Arguments = dict[str, Any]
 def steer(cache: "SinkCache") -> list[Any]:
     """Put the hooks on; returns their handles."""
     base: nn.Module = cache.lm.model.base_model  # type: ignore[assignment]
-    mine = weakref.ref(cache)
+    mine: weakref.ref[SinkCache] = weakref.ref(cache)
+
+    def given(kwargs: Arguments) -> "SinkCache | None":
+        cache = mine()
+        return cache if any(kwargs.get(name) is cache for name in ("past_key_values", "layer_past")) else None
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Any, Arguments] | None:
-        cache = mine()
-        if cache is None or kwargs.get("past_key_values") is not cache:
-            return None
-        return args, kwargs | _told(cache, args, kwargs)
+        cache = given(kwargs)
+        return None if cache is None else (args, kwargs | _told(cache, args, kwargs))
 
     def after(_: nn.Module, __: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
-        cache = mine()
-        if cache is not None and kwargs.get("past_key_values") is cache:
+        cache = given(kwargs)
+        if cache is not None:
             cache.abort() if output is None else cache.commit()  # None: it raised
 
     handles: list[Any] = [
@@ -48,8 +50,8 @@ def steer(cache: "SinkCache") -> list[Any]:
     form, slope = cache.scheme.form, slopes(cache.lm, cache.scheme.form, cache.lm.device)
 
     def biased(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Any, Arguments] | None:
-        cache = mine()
-        if cache is None or kwargs.get("past_key_values", kwargs.get("layer_past")) is not cache:
+        cache = given(kwargs)
+        if cache is None:
             return None
         if cache.bias is None:
             twice = cache.lm.config._attn_implementation != "sdpa" or bool(kwargs.get("output_attentions"))
@@ -68,6 +70,11 @@ def _told(cache: "SinkCache", args: tuple[Any, ...], kwargs: Arguments) -> Argum
     given = kwargs.get("inputs_embeds") if ids is None else ids
     if given is None:
         raise SqvizError("the model was given neither input_ids nor inputs_embeds")
+    if kwargs.get("use_cache") is False:  # generate() would then feed the whole text again for each token
+        raise SqvizError(
+            "a SinkCache was given together with use_cache=False, which some configurations set (MPT's does). Pass "
+            "use_cache=True"
+        )
     rows, new = given.shape[:2]
     now = cache.begin(ids, rows, new, kwargs.get("attention_mask"))
     if isinstance(cache.scheme, Alibi):
