@@ -1,8 +1,8 @@
 """StreamingLLM the slow and obvious way: no cache, no turning, no mask tricks.
 
-Every attention module is given, for each token t, exactly the hidden states of the tokens that t keeps, as a text of its
-own with positions 0, 1, 2 …; the last row of its output is the output at t. Keys and values of earlier tokens are those
-that the model computed when it read them, because the hidden states are.
+Every attention module is given, for each token t, exactly the hidden states of the tokens that t keeps, as a text of
+its own with positions 0, 1, 2 …; the last row of its output is the output at t. Keys and values of earlier tokens are
+those that the model computed when it read them, because the hidden states are.
 """
 
 from collections.abc import Sequence

@@ -46,10 +46,10 @@ def text(length: int, seed: int = 0) -> Tensor:
 
 def feed(lm: LM, cache: SinkCache, ids: Tensor, chunks: Sequence[int] | None = None, **kwargs) -> Tensor:
     """Logits [token vocabulary] of a text [token], or [batch token vocabulary] of a batch; one chunk by default."""
-    batch, found = ids if ids.ndim == 2 else ids[None], []
+    batch = ids if ids.ndim == 2 else ids[None]
+    parts = batch.split(list(chunks or [batch.shape[1]]), 1)
     with torch.no_grad():
-        for part in batch.split(list(chunks or [batch.shape[1]]), 1):
-            found.append(lm.model(input_ids=part, past_key_values=cache, use_cache=True, **kwargs).logits)
+        found = [lm.model(input_ids=part, past_key_values=cache, use_cache=True, **kwargs).logits for part in parts]
     logits = torch.cat(found, 1)
     return logits if ids.ndim == 2 else logits[0]
 
@@ -60,7 +60,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-def chunkings(longest: int = 40, total: int = 48) -> st.SearchStrategy[list[int]]:
+def chunkings(longest: int = 40, total: int = 40) -> st.SearchStrategy[list[int]]:
     """Sizes of the chunks that a text is fed in."""
     sizes = st.one_of(st.just(1), st.integers(1, longest))
     return st.lists(sizes, min_size=1, max_size=12).map(lambda found: _cut(found, total))
