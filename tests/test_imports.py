@@ -15,6 +15,7 @@ ORDER = [
     ("corpus",),
     ("observe",),
     ("quant",),
+    ("streaming",),
     ("evaluation",),
     ("plots",),
     ("widgets",),
