@@ -60,7 +60,7 @@ class SinkCache(Cache):
         self._turns: dict[int, Angles] = {}
         self.bias: dict[str, Any] | None = None
         self.arriving: dict[int, Int[Tensor, " row"]] = {}
-        self.rows = 0
+        self.rows, self.passes = 0, 0
         shared: dict[bytes, Tensor] = {}
         layers = []
         for index in range(lm.config.num_hidden_layers):
@@ -91,11 +91,14 @@ class SinkCache(Cache):
 
     @property
     def kept(self) -> int:
-        """Keys that the pass under way attends to beside its own; outside of a pass, those held."""
-        if self._plan is not None:
-            return self._plan.keys - self._plan.new
+        """Keys that are held."""
         chosen = int((self.state.sinks < self.state.held).sum(-1).max()) if self.state.sinks.numel() else 0
         return chosen + self.state.seen - self.state.held
+
+    @property
+    def attended(self) -> int:
+        """Keys that the pass under way attends to beside its own; outside of a pass, those held."""
+        return self.kept if self._plan is None else self._plan.keys - self._plan.new
 
     @property
     def bytes(self) -> int:
@@ -105,7 +108,7 @@ class SinkCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where the first new query stands among the keys attended to."""
-        return self.kept
+        return self.attended
 
     def reset(self) -> None:
         """Forget everything that was read."""
@@ -132,11 +135,16 @@ class SinkCache(Cache):
     def now(self) -> Plan:
         """The plan of the pass under way."""
         if self._plan is None:
-            raise SqvizError(
-                f"this SinkCache was made for {self.lm.name} and used with another model, or after close(). Make one "
-                "with SinkCache(lm, policy) for the model that runs"
-            )
+            raise self.stranger
         return self._plan
+
+    @property
+    def stranger(self) -> SqvizError:
+        """What is said to a pass that did not begin here."""
+        return SqvizError(
+            f"this SinkCache was made for {self.lm.name} and used with another model, or after close(). Make one "
+            "with SinkCache(lm, policy) for the model that runs"
+        )
 
     def angles_of(self, omega: Float[Tensor, " pair"] | None) -> Angles:
         """By how much the sinks are turned in this pass: [row 1 sink pair], or [row 1 query sink pair] if `now.each`.
@@ -170,7 +178,7 @@ class SinkCache(Cache):
         self._pending = dataclasses.replace(self.state, pads=pads, sinks=sinks)
         alibi = isinstance(self.scheme, Alibi)
         self._plan = plan(self._pending, new, self._policy.recent, turned=not alibi, places=alibi)
-        self.rows = rows
+        self.rows, self.passes = rows, self.passes + 1
         return self._plan
 
     def commit(self) -> None:

@@ -35,6 +35,7 @@ class SinkLayer(CacheLayerMixin):
         self.buffers: list[Float[Tensor, "batch head index dim"]] = []
         self.sinks: list[Float[Tensor, "batch head sink dim"]] = []
         self.base = 0
+        self._passes = 0
 
     @property
     def cache(self) -> "SinkCache":
@@ -60,6 +61,9 @@ class SinkLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states)
+        if self._passes == self.cache.passes:  # a pass that was interrupted is not this one
+            raise self.cache.stranger
+        self._passes = self.cache.passes
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, now.start : now.end] = states
         if self.cache.arriving:
@@ -139,7 +143,7 @@ class SinkLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of keys attended to, 0)."""
-        return self.cache.kept + query_length, 0
+        return self.cache.attended + query_length, 0
 
     def get_seq_length(self) -> int:
         """Tokens read so far, evicted ones included: generate() cuts the prompt by it."""

@@ -215,6 +215,22 @@ def test_another_model_and_a_closed_cache(name: str):
         feed(LLAMA, stream.cache, stream.ids[:, :1])
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MptForCausalLM"])
+def test_another_model_and_a_closed_cache_after_an_interrupt(name: str):
+    """PyTorch tells hooks of no KeyboardInterrupt, so the cache still takes the pass for being under way."""
+    lm = model(name)
+    stream = Stream(lm)
+    for end in (stream.goes_on, stream.cache.close):
+        with Broken(lm, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            feed(lm, stream.cache, text(3))
+        assert stream.cache.kept in (6, 7)
+        with pytest.raises(SqvizError, match=r"used with another model, or after close\(\)"):
+            feed(model(name, seed=1), stream.cache, text(7))
+        end()
+    with pytest.raises(SqvizError, match=r"used with another model, or after close\(\)"):
+        feed(lm, stream.cache, text(7))
+
+
 def test_a_model_converted_in_between():
     lm = model("LlamaForCausalLM")
     stream = Stream(lm)
