@@ -108,7 +108,6 @@ def test_frequencies_that_a_long_text_has_changed_are_not_taken_over(rope: str):
     lm = model("LlamaForCausalLM", rope_parameters={"rope_theta": 10000.0, **ROPES[rope]})
     with torch.no_grad():
         lm.model(input_ids=text(120)[None])
-    check(lm, Sinks(3, 9), [13, 1, 1, 20, 1], slack=3)
     ids, cache = text(30), SinkCache(lm, Sinks(2, 6))
     got = [feed(lm, cache, ids[:20])]
     with torch.no_grad():
