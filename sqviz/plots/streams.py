@@ -11,6 +11,8 @@ from sqviz.plots.template import Theme, template
 
 POINTS = 1200
 """Most points of a drawn curve; more than there are pixels across."""
+START = 48
+"""Tokens at the beginning of a text that do not stretch the axis."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
@@ -29,8 +31,9 @@ def perplexity_curves(curves: Mapping[str, Any], title: str, *, theme: Theme = "
     Lines differ by dash as well as by colour.
     """
     figure = go.Figure()
+    curves = {label: np.asarray(values) for label, values in curves.items()}
     for number, (label, values) in enumerate(curves.items()):
-        positions, shown = thin(np.asarray(values))
+        positions, shown = thin(values)
         figure.add_scatter(
             x=positions,
             y=shown,
@@ -43,12 +46,21 @@ def perplexity_curves(curves: Mapping[str, Any], title: str, *, theme: Theme = "
         template=template(theme),
         title={"text": title + (f"<br><sup>{note}</sup>" if note else "")},
         xaxis={"title": "tokens read", "tickformat": ",d"},
-        yaxis={"title": "perplexity", "type": "log", "dtick": "D2", "minor": {"showgrid": False}},
+        yaxis={"title": "perplexity", "type": "log", "dtick": "D2", "range": perplexity_range(curves)},
         legend={"orientation": "h", "y": -0.22},
         hovermode="x unified",
         height=420,
     )
     return figure
+
+
+def perplexity_range(curves: Mapping[str, Float[np.ndarray, " position"]]) -> list[float] | None:
+    """log10 of the axis: all curves fit, but for the first tokens, which nobody can predict."""
+    settled = [values[min(START, len(values) // 2) :] for values in curves.values() if len(values)]
+    if not settled:
+        return None
+    lo, hi = (np.log10(edge([edge(values) for values in settled])) for edge in (min, max))
+    return [float(lo) - 0.08, float(hi) + 0.08]
 
 
 def cost_curves(

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
-from sqviz.streaming.cache import SinkCache
 from sqviz.streaming.plan import State
 from sqviz.tensorfile import write_tensors
+
+if TYPE_CHECKING:
+    from sqviz.streaming.cache import SinkCache
 
 FORMAT, VERSION = "sqviz-stream", 1
 _HASHED = 64  # values of each parameter that go into the fingerprint of a model
@@ -30,7 +32,7 @@ class Checkpoint:
     path: Path
     about: dict[str, Any]
 
-    def write(self, cache: SinkCache | None, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+    def write(self, cache: "SinkCache | None", tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         """Replace the file. Raises `OSError` if it cannot be written; the old one is then still there."""
         kept = {f"result/{name}": x.contiguous().clone() for name, x in tensors.items()}
         metadata = {
@@ -44,7 +46,7 @@ class Checkpoint:
             metadata["state"] = json.dumps(_plain(cache.state) | {"length": cache.length, "rows": cache.rows})
         write_tensors(kept, metadata, self.path)
 
-    def read(self, cache: SinkCache | None) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+    def read(self, cache: "SinkCache | None") -> tuple[dict[str, Tensor], dict[str, float]] | None:
         """Fill `cache` and return the results so far; None if there is no file.
 
         Raises `SqvizError` for a file of another run, of another version, or damaged.
@@ -97,7 +99,7 @@ def fingerprint(lm: LM) -> str:
     return found.hexdigest()
 
 
-def cache_tensors(cache: SinkCache) -> dict[str, Tensor]:
+def cache_tensors(cache: "SinkCache") -> dict[str, Tensor]:
     """The buffers and sinks of all layers, by name."""
     return {
         f"{kind}/{index}/{which}": x.contiguous()
@@ -107,7 +109,7 @@ def cache_tensors(cache: SinkCache) -> dict[str, Tensor]:
     }
 
 
-def fill_cache(cache: SinkCache, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def fill_cache(cache: "SinkCache", tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """The inverse of `cache_tensors`, into an empty cache."""
     device = cache.lm.device
     for index, layer in enumerate(cache.layers):

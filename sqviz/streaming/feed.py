@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from sqviz.errors import TooLarge
 from sqviz.models.lm import LM
-from sqviz.streaming.cache import SinkCache
 from sqviz.streaming.policies import Dense, Policy, Recompute
+
+if TYPE_CHECKING:
+    from sqviz.streaming.cache import SinkCache
 
 BLOCK = 256
 """Tokens per forward pass."""
@@ -36,6 +38,8 @@ class Feed:
             block: tokens per pass; with `Recompute`, tokens of all windows of a pass together, one window at least.
         """
         self.lm, self.ids, self.policy, self.block = lm, ids, policy, block
+        from sqviz.streaming.cache import SinkCache  # a subclass of transformers' Cache: loads it
+
         self.read = 0
         self.cache = None if isinstance(policy, Recompute) else SinkCache(lm, policy)
         self._last_only = last_logits_only(lm)
@@ -81,7 +85,7 @@ def last_logits_only(lm: LM) -> dict[str, Any]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
 
 
-def _check_fits(cache: SinkCache, tokens: int) -> None:
+def _check_fits(cache: "SinkCache", tokens: int) -> None:
     """Refuse a dense run that would not fit, before the machine is out of memory."""
     each = sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for layer in cache.layers for x in layer.buffers)
     needed = int(2.5 * each * tokens)  # the buffer grows by half, and both are there while it is copied

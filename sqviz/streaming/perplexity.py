@@ -64,14 +64,11 @@ class StreamPerplexity:
     @property
     def running(self) -> Float[Tensor, " predicted"]:
         """Perplexity of the text up to each token."""
-        count = torch.arange(1, len(self.nll) + 1, dtype=torch.float64)
-        return (self.nll.double().cumsum(0) / count).exp().float()
+        return perplexity_within(self.nll, len(self.nll))
 
     def within(self, window: int) -> Float[Tensor, " predicted"]:
         """Perplexity of the `window` tokens up to each one; of fewer at the beginning."""
-        total = torch.nn.functional.pad(self.nll.double().cumsum(0), (window, 0))
-        count = torch.arange(1, len(self.nll) + 1, dtype=torch.float64).clamp(max=window)
-        return ((total[window:] - total[:-window]) / count).exp().float()
+        return perplexity_within(self.nll, window)
 
     @property
     def tokens_per_second(self) -> float:
@@ -82,6 +79,13 @@ class StreamPerplexity:
         return (
             f"StreamPerplexity({self.policy!r}: {self.perplexity:.4g} over {len(self.nll) + 1} tokens, {self.method})"
         )
+
+
+def perplexity_within(nll: Float[Tensor, " predicted"], window: int) -> Float[Tensor, " predicted"]:
+    """exp of the mean of the `window` values up to each one; of fewer at the beginning."""
+    total = torch.nn.functional.pad(nll.double().cumsum(0), (window, 0))
+    count = torch.arange(1, len(nll) + 1, dtype=torch.float64).clamp(max=window)
+    return ((total[window:] - total[:-window]) / count).exp().float()
 
 
 def streaming_perplexity(
