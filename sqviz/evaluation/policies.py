@@ -120,8 +120,10 @@ class PolicyComparison:
         Path(path).write_text(self.figure().to_html(include_plotlyjs=True), encoding="utf-8")
         return Path(path)
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        bundle = dict(self.figure()._repr_mimebundle_(**kwargs))
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        from plotly.io import renderers
+
+        bundle = dict(renderers["plotly_mimetype"].to_mimebundle(self.figure().to_dict()))
         bundle["image/png"] = base64.b64encode(self.to_png()).decode("ascii")
         return bundle | {"text/plain": repr(self)}
 

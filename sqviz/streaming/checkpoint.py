@@ -118,6 +118,7 @@ def fill_cache(cache: "SinkCache", tensors: dict[str, Tensor], state: dict[str, 
         layer.buffers = [tensors[f"buffers/{index}/{which}"].to(device) for which in (0, 1)]
         layer.sinks = [tensors[f"sinks/{index}/{which}"].to(device) for which in (0, 1)]
         layer.dtype, layer.device, layer.is_initialized = layer.buffers[0].dtype, layer.buffers[0].device, True
+        layer.base = int(state["base"])
     cache.length, cache.rows = int(state["length"]), int(state["rows"])
     pads = None if state["pads"] is None else torch.tensor(state["pads"])
     sinks = torch.tensor(state["sinks"], dtype=torch.long).reshape(state["sink_shape"])
