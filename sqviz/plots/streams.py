@@ -11,6 +11,8 @@ from sqviz.plots.template import Theme, template
 
 POINTS = 1200
 """Most points of a drawn curve; more than there are pixels across."""
+_ROUND = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
+_TICKS = {"tickvals": _ROUND, "ticktext": [f"{value:,}" for value in _ROUND]}  # plotly's own say 2 and 5 for 20 and 500
 START = 48
 """Tokens at the beginning of a text that do not stretch the axis."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -46,7 +48,7 @@ def perplexity_curves(curves: Mapping[str, Any], title: str, *, theme: Theme = "
         template=template(theme),
         title={"text": title + (f"<br><sup>{note}</sup>" if note else "")},
         xaxis={"title": "tokens read", "tickformat": ",d"},
-        yaxis={"title": "perplexity", "type": "log", "dtick": "D2", "range": perplexity_range(curves)},
+        yaxis={"title": "perplexity", "type": "log", "range": perplexity_range(curves), **_TICKS},
         legend={"orientation": "h", "y": -0.22},
         hovermode="x unified",
         height=420,
