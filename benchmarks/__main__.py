@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-DEFAULT = ("slider", "capture")
+DEFAULT = ("slider", "capture", "streaming")
 
 
 def main() -> int:

@@ -36,6 +36,7 @@ class SinkCache(Cache):
         policy: may be changed while the stream runs. More sinks: the oldest keys still held become sinks. A wider
             window: it grows from now on.
         state: what was read and what is kept; see plan.py.
+        share: whether several queries may share their sinks; set by shared_sinks.py.
     """
 
     def __init__(self, lm: LM, policy: Cached | None = None) -> None:
@@ -55,6 +56,7 @@ class SinkCache(Cache):
         self._policy = Sinks() if policy is None else policy
         self._check_policy(self._policy)
         self.state, self.length = State(), 0
+        self.share = False
         self._plan: Plan | None = None
         self._pending: State | None = None
         self._turns: dict[int, Angles] = {}
@@ -139,6 +141,11 @@ class SinkCache(Cache):
         return self._plan
 
     @property
+    def shared(self) -> bool:
+        """Whether the queries of the pass under way have to be turned; see shared_sinks.py."""
+        return self._plan is not None and self._plan.shared
+
+    @property
     def stranger(self) -> SqvizError:
         """What is said to a pass that did not begin here."""
         return SqvizError(
@@ -156,6 +163,8 @@ class SinkCache(Cache):
             now = self.now
             assert now.targets is not None
             targets = now.targets if now.each else now.targets[:, -1]
+            if now.shared:
+                targets = torch.arange(now.taken)[None]
             cos, sin = angles(targets.to(omega.device), omega, self.lm.dtype)
             self._turns[id(omega)] = (cos.unsqueeze(1), sin.unsqueeze(1))
         return self._turns[id(omega)]
@@ -177,7 +186,7 @@ class SinkCache(Cache):
         self._make_room(new)
         self._pending = dataclasses.replace(self.state, pads=pads, sinks=sinks)
         alibi = isinstance(self.scheme, Alibi)
-        self._plan = plan(self._pending, new, self._policy.recent, turned=not alibi, places=alibi)
+        self._plan = plan(self._pending, new, self._policy.recent, turned=not alibi, places=alibi, share=self.share)
         self.rows, self.passes = rows, self.passes + 1
         return self._plan
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -12,6 +13,7 @@ from torch import Tensor
 from sqviz.errors import TooLarge
 from sqviz.models.lm import LM
 from sqviz.streaming.policies import Dense, Policy, Recompute
+from sqviz.streaming.shared_sinks import SharedSinks, applies
 
 if TYPE_CHECKING:
     from sqviz.streaming.cache import SinkCache
@@ -28,7 +30,14 @@ class Feed:
         cache: what is kept; None for `Recompute`.
     """
 
-    def __init__(self, lm: LM, ids: Int64[Tensor, " token"], policy: Policy, block: int = BLOCK) -> None:
+    def __init__(
+        self,
+        lm: LM,
+        ids: Int64[Tensor, " token"],
+        policy: Policy,
+        block: int = BLOCK,
+        cache: "SinkCache | None" = None,
+    ) -> None:
         """Start at the first token.
 
         Args:
@@ -36,12 +45,15 @@ class Feed:
             ids: the text.
             policy: what is kept.
             block: tokens per pass; with `Recompute`, tokens of all windows of a pass together, one window at least.
+            cache: a stream to go on with; a new one by default.
         """
         self.lm, self.ids, self.policy, self.block = lm, ids, policy, block
         from sqviz.streaming.cache import SinkCache  # a subclass of transformers' Cache: loads it
 
         self.read = 0
-        self.cache = None if isinstance(policy, Recompute) else SinkCache(lm, policy)
+        self.cache = cache
+        if cache is None and not isinstance(policy, Recompute):
+            self.cache = SinkCache(lm, policy)
         self._last_only = last_logits_only(lm)
 
     def passes(self) -> Iterator[tuple[int, Float[Tensor, "token vocabulary"]]]:
@@ -55,11 +67,16 @@ class Feed:
     def _block(self) -> Tensor:
         part = self.ids[self.read : self.read + self.block]
         given = part[None].to(self.lm.device)
-        logits = self.lm.model(input_ids=given, past_key_values=self.cache, use_cache=True).logits[0]
+        with self._attention():
+            logits = self.lm.model(input_ids=given, past_key_values=self.cache, use_cache=True).logits[0]
         if isinstance(self.policy, Dense) and self.read == 0 and self.cache is not None:
             _check_fits(self.cache, len(self.ids))
         self.read += len(part)
         return logits
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        assert self.cache is not None
+        return SharedSinks(self.cache) if self.block > 1 and applies(self.cache) else nullcontext()
 
     def _windows(self, policy: Recompute) -> Tensor:
         """First the tokens that see all before them, in one pass; then windows side by side."""

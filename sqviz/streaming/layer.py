@@ -28,7 +28,7 @@ class SinkLayer(CacheLayerMixin):
     def __init__(self, cache: "SinkCache", omega: Float[Tensor, " pair"] | None) -> None:
         super().__init__()
         self._cache = weakref.ref(cache)
-        self._omega = omega
+        self.omega = omega
         rotary = cache.scheme if isinstance(cache.scheme, Rotary) else Rotary()
         self._turned = ("keys", "values").index(rotary.tensor) if omega is not None else None
         self._pairs = rotary.pairs
@@ -84,13 +84,13 @@ class SinkLayer(CacheLayerMixin):
     def _placed(self, which: int) -> Float[Tensor, "batch head sink dim"]:
         """The sinks where the queries of this pass want them."""
         sinks = self.sinks[which][:, :, : self.cache.now.taken]
-        return turn(sinks, self.cache.angles_of(self._omega), self._pairs) if which == self._turned else sinks
+        return turn(sinks, self.cache.angles_of(self.omega), self._pairs) if which == self._turned else sinks
 
     def _own(self, which: int) -> Float[Tensor, "batch head key dim"]:
         """Sinks for each query, turned to where it wants them; one query after the other."""
         sinks = self.sinks[which][:, :, None, : self.cache.now.taken]
         if which == self._turned:
-            sinks = turn(sinks, self.cache.angles_of(self._omega), self._pairs)
+            sinks = turn(sinks, self.cache.angles_of(self.omega), self._pairs)
         return sinks.expand(-1, -1, self.cache.now.new, -1, -1).flatten(2, 3).to(self.dtype)
 
     @torch.no_grad()
@@ -110,8 +110,8 @@ class SinkLayer(CacheLayerMixin):
                 rows = torch.nonzero(column >= 0).flatten()
                 index = column[rows] - self.base
                 found = buffer[rows, :, index].to(self.sinks[which].dtype)  # [row head dim]
-                if which == self._turned and self._omega is not None:
-                    back = angles(-index[:, None].to(self.device), self._omega, self.dtype)  # [row 1 pair]
+                if which == self._turned and self.omega is not None:
+                    back = angles(-index[:, None].to(self.device), self.omega, self.dtype)  # [row 1 pair]
                     found = turn(found, back, self._pairs)
                 self.sinks[which][rows, :, sink] = found
 
@@ -126,9 +126,9 @@ class SinkLayer(CacheLayerMixin):
         moved = []
         for which, buffer in enumerate(self.buffers):
             kept = buffer[:, :, first - self.base : stop - self.base]
-            if which == self._turned and self._omega is not None and base != self.base:
+            if which == self._turned and self.omega is not None and base != self.base:
                 by = torch.full((1,), self.base - base, device=buffer.device)
-                kept = turn(kept, angles(by, self._omega, self.dtype), self._pairs)
+                kept = turn(kept, angles(by, self.omega, self.dtype), self._pairs)
             new = _zeros(buffer, length, buffer.dtype)
             new[:, :, first - base : stop - base] = kept
             moved.append(new)

@@ -13,6 +13,7 @@ beginning: the recent keys are turned back by as much, which keeps every angle s
 Several queries in one pass see windows that differ. Their recent keys stand right for all of them; but sinks would have
 to stand right before each window. So each query gets sinks of its own, turned to where it wants them, and a mask keeps
 the others out. That is the exact block-parallel form: with n queries, s sinks and r recent keys, n·s + r + n keys.
+Where the attention allows, the queries are turned instead and share sinks turned to 0, 1, 2 … (shared_sinks.py).
 """
 
 import dataclasses
@@ -55,10 +56,12 @@ class Plan:
         window: buffer index of the oldest recent key that any query sees.
         taken: sinks that some query sees: the first so many.
         each: whether every query gets sinks of its own; otherwise all share the slots before the window.
+        shared: whether the sinks in these slots are turned to 0, 1, 2 … and the queries are to be turned to meet them.
         targets: [row query sink] the index each sink is turned to; row and query are 1 where all agree.
         visible: [row query key] what each query sees of the keys that the pass attends to; None for all that came
             before it, as far as the model's own mask lets it.
         places: [row query key] positions inside the cache; only when asked for.
+        lows: [query] how far each query's window begins behind that of the first.
         held: first column still needed after the pass.
     """
 
@@ -67,9 +70,11 @@ class Plan:
     window: int
     taken: int
     each: bool
+    shared: bool
     targets: Int[Tensor, "row query sink"] | None
     visible: Bool[Tensor, "row query key"] | None
     places: Int[Tensor, "row query key"] | None
+    lows: list[int]
     held: int
 
     @property
@@ -83,7 +88,7 @@ class Plan:
         return self.start + self.new
 
 
-def plan(state: State, new: int, recent: int | None, *, turned: bool, places: bool) -> Plan:
+def plan(state: State, new: int, recent: int | None, *, turned: bool, places: bool, share: bool = False) -> Plan:
     """How `new` tokens are fed.
 
     Args:
@@ -92,22 +97,27 @@ def plan(state: State, new: int, recent: int | None, *, turned: bool, places: bo
         recent: size of the window; None without limit.
         turned: sinks have to be turned to where a query wants them (rotary positions).
         places: positions inside the cache are wanted (ALiBi).
+        share: several queries can share turned sinks, because they will be turned themselves.
     """
     seen, last = state.seen, state.seen + new - 1
     oldest = lambda t: max(state.held, 0 if recent is None else t - recent + 1)  # noqa: E731 - of the window of query t
     first, start = oldest(seen), seen - state.base
     window, held = first - state.base, oldest(last)
     taken = int((state.sinks < held).sum(-1).max()) if state.sinks.numel() else 0
-    each = turned and new > 1 and taken > 0
+    several = turned and new > 1 and taken > 0
+    each, shared = several and not share, several and share
     if new == 1 and state.pads is None and len(state.sinks) == 1 and not places:
         slots = torch.arange(window - taken, window)[None, None] if taken else None
-        return Plan(new, start, window, taken, False, slots, None, None, held)
+        return Plan(new, start, window, taken, False, False, slots, None, None, [0], held)
     if first == held and taken == 0 and state.pads is None and not places:
-        return Plan(new, start, window, 0, False, None, None, None, held)  # nothing leaves: the model's own causal mask
+        return Plan(
+            new, start, window, 0, False, False, None, None, None, [0] * new, held
+        )  # nothing leaves: plain causal
 
     t = torch.arange(seen, seen + new)[None, :, None]  # [1 query 1]
     pads = torch.zeros(1, 1, 1, dtype=torch.long) if state.pads is None else state.pads[:, None, None]
     low = t.clone().fill_(state.held) if recent is None else (t - recent + 1).clamp(min=state.held)
+    lows = (low.flatten() - first).tolist()
     low = torch.maximum(low, pads)  # [row query 1] first column of each query's window
     gone = state.sinks[:, None, :taken] < (low if recent is not None else 0)  # [row query sink]
     columns = torch.arange(first, last + 1)[None, None]  # [1 1 key]
@@ -128,7 +138,7 @@ def plan(state: State, new: int, recent: int | None, *, turned: bool, places: bo
     if places:
         rank = torch.arange(taken).expand(rows, new, taken)
         where = torch.cat([rank, (count + columns - low).expand(rows, -1, -1)], -1).clamp(min=0)
-    return Plan(new, start, window, taken, each, targets, visible, where, held)
+    return Plan(new, start, window, taken, each, shared, targets, visible, where, lows, held)
 
 
 def choose(

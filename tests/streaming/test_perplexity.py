@@ -12,9 +12,10 @@ from streams import STREAMED, model
 import sqviz
 from sqviz.errors import Cancelled, NonFinite, SqvizError, TextTooShort, TooLarge
 from sqviz.models.tiny import tiny
-from sqviz.streaming import feed
+from sqviz.streaming import feed, shared_sinks
 from sqviz.streaming.perplexity import perplexity_within, streaming_perplexity
 from sqviz.streaming.policies import Dense, Recompute, Sinks, Window
+from sqviz.streaming.shared_sinks import SharedSinks
 
 IDS = torch.randint(3, 131, (60,), generator=torch.Generator().manual_seed(3))
 
@@ -43,6 +44,21 @@ def test_blocks_of_any_size_agree(length, sinks, recent, block, alibi):
     many = streaming_perplexity(lm, IDS[:length], Sinks(sinks, recent), block=block)
     assert len(one.nll) == length - 1
     assert torch.allclose(one.nll, many.nll, atol=1e-4)
+
+
+@pytest.mark.parametrize("lot", [1, 3, 256])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "FalconForCausalLM/7b", "GlmForCausalLM", "Cohere2ForCausalLM"])
+def test_sharing_sinks_changes_nothing(name, lot, monkeypatch):
+    lm, policy = model(name, attn_implementation="sdpa"), Sinks(3, 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(feed, "applies", lambda cache: False)
+        own = streaming_perplexity(lm, IDS, policy, block=13)
+    monkeypatch.setattr(shared_sinks, "LOT", lot)
+    turned, turn = [], SharedSinks._turned
+    monkeypatch.setattr(SharedSinks, "_turned", lambda self, query: turned.append(1) or turn(self, query))
+    shared = streaming_perplexity(lm, IDS, policy, block=13)
+    assert len(turned) == 4 * lm.config.num_hidden_layers  # of five blocks, the first has no sinks to share
+    assert torch.allclose(own.nll, shared.nll, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", ["tokens", "parallel"])
