@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sqviz import tensorfile
 from sqviz.errors import NoSuchLayer, SqvizError
 from sqviz.models.tiny import tiny
 from sqviz.observe import store
@@ -181,7 +182,7 @@ def test_a_save_that_fails_leaves_the_old_file(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(tensorfile, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         captured.save(path)
     assert path.read_bytes() == before

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from sqviz.progress import CancelToken
 from sqviz.streaming.cache import SinkCache
 from sqviz.streaming.generate import stream_generate
 from sqviz.streaming.policies import Dense, Recompute, Sinks
+
+
+def run(coroutine):
+    """In a thread of its own: browser tests of the same session may have left a loop running in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +119,7 @@ def test_async_equals_sync_and_leaves_the_loop_free(lm):
         assert ticks > 12
         return got
 
-    assert asyncio.run(collect()) == tokens(stream_generate(lm, PROMPT, SMALL, max_tokens=12))
+    assert run(collect()) == tokens(stream_generate(lm, PROMPT, SMALL, max_tokens=12))
 
 
 def test_several_consumers_share_the_steps(lm):
@@ -126,7 +133,7 @@ def test_several_consumers_share_the_steps(lm):
         await asyncio.gather(*(consume() for _ in range(4)))
         return sorted(got, key=lambda step: step.index)
 
-    got = asyncio.run(collect())
+    got = run(collect())
     assert [step.index for step in got] == list(range(30))
     assert tokens(got) == tokens(stream_generate(lm, PROMPT, SMALL, max_tokens=30))
 
@@ -145,7 +152,7 @@ def test_a_task_that_is_cancelled_loses_no_step(lm):
                 got.append((await anext(stream)).token)
         return got
 
-    assert asyncio.run(collect()) == tokens(stream_generate(lm, PROMPT, SMALL, max_tokens=10))
+    assert run(collect()) == tokens(stream_generate(lm, PROMPT, SMALL, max_tokens=10))
 
 
 # --- text and turns ---
