@@ -20,7 +20,7 @@ from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
 from sqviz.streaming.layer import SinkLayer
 from sqviz.streaming.plan import Plan, State, choose, plan
-from sqviz.streaming.policies import Cached, Recompute, Sinks, capacity
+from sqviz.streaming.policies import Cached, Dense, Recompute, Sinks, capacity
 from sqviz.streaming.positions import Alibi, Angles, Rotary, angles, frequencies, limit_of, scheme_of
 from sqviz.streaming.steering import steer
 
@@ -34,17 +34,19 @@ class SinkCache(Cache):
     Attributes:
         lm: the model it was made for.
         policy: may be changed while the stream runs. More sinks: the oldest keys still held become sinks. A wider
-            window: it grows from now on.
+            window: it grows from now on. `Dense`: nothing leaves from now on, and the sinks that are there stay.
+        int8: whether keys and values are kept as INT8.
         state: what was read and what is kept; see plan.py.
         share: whether several queries may share their sinks; set by shared_sinks.py.
     """
 
-    def __init__(self, lm: LM, policy: Cached | None = None) -> None:
+    def __init__(self, lm: LM, policy: Cached | None = None, *, int8: bool = False) -> None:
         """Make an empty cache.
 
         Args:
             lm: the model; its forward gets a hook until the cache is closed or collected.
             policy: `Sinks(4, 252)` by default.
+            int8: keep keys and values as INT8, one step per token and head; sinks stay as they are.
 
         Raises:
             SqvizError: learned absolute positions, a sliding window smaller than the cache, `Recompute`, or more keys
@@ -56,7 +58,7 @@ class SinkCache(Cache):
         self._policy = Sinks() if policy is None else policy
         self._check_policy(self._policy)
         self.state, self.length = State(), 0
-        self.share = False
+        self.int8, self.share = int8, False
         self._plan: Plan | None = None
         self._pending: State | None = None
         self._turns: dict[int, Angles] = {}
@@ -86,10 +88,16 @@ class SinkCache(Cache):
     def policy(self, policy: Cached) -> None:
         self.abort()
         self._check_policy(policy)
-        self._policy = policy
-        self.state.sinks = self.state.sinks[:, : policy.sinks]
-        if policy.sinks > self.state.sinks.shape[1]:
+        self._policy, known = policy, self.state.sinks
+        kept = int((known < self.state.held).sum(-1).max()) if isinstance(policy, Dense) else policy.sinks
+        self.state.sinks = known[:, :kept]
+        if policy.sinks > known.shape[1]:
             self._adopt(policy)
+
+    @property
+    def slots(self) -> int:
+        """Sinks that may be there."""
+        return self.state.sinks.shape[1] if isinstance(self._policy, Dense) else self._policy.sinks
 
     @property
     def kept(self) -> int:
@@ -105,7 +113,9 @@ class SinkCache(Cache):
     @property
     def bytes(self) -> int:
         """Memory of the buffers and sinks, in bytes."""
-        tensors = [x for layer in self.layers for x in (*layer.buffers, *layer.sinks)]
+        tensors = [
+            x for layer in self.layers for x in (*layer.sinks, *(x for store in layer.stores for x in store.tensors))
+        ]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -202,6 +212,13 @@ class SinkCache(Cache):
         self._plan, self._pending, self.bias = None, None, None
         self.arriving, self._turns = {}, {}
 
+    def undo(self, before: State) -> None:
+        """Go back to a copy of `state`: of the keys written since, nothing is remembered."""
+        self.abort()
+        self.state.seen, self.state.sinks = before.seen, before.sinks
+        self.state.held = before.held
+        self.state.held = self._first()
+
     @property
     def hidden(self) -> Bool[Tensor, "row key"] | None:
         """Which keys of a pass without sinks are padding; None without padding."""
@@ -218,7 +235,7 @@ class SinkCache(Cache):
         if tokens is None or ids is None:
             ids = torch.empty(1, new, dtype=torch.long)
         state = dataclasses.replace(self.state, pads=pads)
-        chosen = choose(state, self._policy.sinks, ids, tokens, positions)
+        chosen = choose(state, self.slots, ids, tokens, positions)
         self.arriving = _among(chosen, self.state.seen, self.state.seen + new)
         return chosen
 
@@ -251,7 +268,7 @@ class SinkCache(Cache):
 
     def _fit(self, new: int) -> tuple[bool, int]:
         """Whether the window has to move before `new` tokens are written, and the length of the buffer then."""
-        sinks, first, seen = self._policy.sinks, self._first(), self.state.seen
+        sinks, first, seen = self.slots, self._first(), self.state.seen
         needed, standard = sinks + seen - first + new, self._standard()
         length = needed + max(SLACK, needed // 2)
         if standard is not None:
@@ -270,7 +287,7 @@ class SinkCache(Cache):
         first, base = self._first(), self.state.base
         moves, length = self._fit(new)
         if moves:
-            base = first - self._policy.sinks
+            base = first - self.slots
         else:
             length = self.length
         if moves and self.limit is not None and length > self.limit:

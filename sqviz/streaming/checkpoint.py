@@ -16,12 +16,13 @@ from torch import Tensor
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
 from sqviz.streaming.plan import State
+from sqviz.streaming.storage import Int8Store, Store
 from sqviz.tensorfile import write_tensors
 
 if TYPE_CHECKING:
     from sqviz.streaming.cache import SinkCache
 
-FORMAT, VERSION = "sqviz-stream", 1
+FORMAT, VERSION = "sqviz-stream", 2
 _HASHED = 64  # values of each parameter that go into the fingerprint of a model
 
 
@@ -100,24 +101,26 @@ def fingerprint(lm: LM) -> str:
 
 
 def cache_tensors(cache: "SinkCache") -> dict[str, Tensor]:
-    """The buffers and sinks of all layers, by name."""
-    return {
-        f"{kind}/{index}/{which}": x.contiguous()
-        for index, layer in enumerate(cache.layers)
-        for kind in ("buffers", "sinks")
-        for which, x in enumerate(getattr(layer, kind))
-    }
+    """The stores and sinks of all layers, by name."""
+    found: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        for which, store in enumerate(layer.stores):
+            found |= {f"store/{index}/{which}/{part}": x.contiguous() for part, x in enumerate(store.tensors)}
+        found |= {f"sinks/{index}/{which}": x.contiguous() for which, x in enumerate(layer.sinks)}
+    return found
 
 
 def fill_cache(cache: "SinkCache", tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """The inverse of `cache_tensors`, into an empty cache."""
     device = cache.lm.device
     for index, layer in enumerate(cache.layers):
-        if f"buffers/{index}/0" not in tensors:
+        if f"sinks/{index}/0" not in tensors:
             continue
-        layer.buffers = [tensors[f"buffers/{index}/{which}"].to(device) for which in (0, 1)]
         layer.sinks = [tensors[f"sinks/{index}/{which}"].to(device) for which in (0, 1)]
-        layer.dtype, layer.device, layer.is_initialized = layer.buffers[0].dtype, layer.buffers[0].device, True
+        layer.stores = [(Int8Store if cache.int8 else Store)(sinks.to(cache.lm.dtype), 0) for sinks in layer.sinks]
+        for which, store in enumerate(layer.stores):
+            store.load([tensors[f"store/{index}/{which}/{part}"].to(device) for part in range(len(store.tensors))])
+        layer.dtype, layer.device, layer.is_initialized = layer.stores[0].dtype, device, True
         layer.base = int(state["base"])
     cache.length, cache.rows = int(state["length"]), int(state["rows"])
     pads = None if state["pads"] is None else torch.tensor(state["pads"])

@@ -37,6 +37,7 @@ class Feed:
         policy: Policy,
         block: int = BLOCK,
         cache: "SinkCache | None" = None,
+        int8: bool = False,
     ) -> None:
         """Start at the first token.
 
@@ -46,6 +47,7 @@ class Feed:
             policy: what is kept.
             block: tokens per pass; with `Recompute`, tokens of all windows of a pass together, one window at least.
             cache: a stream to go on with; a new one by default.
+            int8: whether a new one keeps keys and values as INT8.
         """
         self.lm, self.ids, self.policy, self.block = lm, ids, policy, block
         from sqviz.streaming.cache import SinkCache  # a subclass of transformers' Cache: loads it
@@ -53,7 +55,7 @@ class Feed:
         self.read = 0
         self.cache = cache
         if cache is None and not isinstance(policy, Recompute):
-            self.cache = SinkCache(lm, policy)
+            self.cache = SinkCache(lm, policy, int8=int8)
         self._last_only = last_logits_only(lm)
 
     def passes(self) -> Iterator[tuple[int, Float[Tensor, "token vocabulary"]]]:
@@ -104,7 +106,7 @@ def last_logits_only(lm: LM) -> dict[str, Any]:
 
 def _check_fits(cache: "SinkCache", tokens: int) -> None:
     """Refuse a dense run that would not fit, before the machine is out of memory."""
-    each = sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for layer in cache.layers for x in layer.buffers)
+    each = cache.bytes / cache.length
     needed = int(2.5 * each * tokens)  # the buffer grows by half, and both are there while it is copied
     device = cache.lm.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -12,13 +12,14 @@ from transformers.cache_utils import CacheLayerMixin
 from sqviz.errors import SqvizError
 from sqviz.streaming.policies import capacity
 from sqviz.streaming.positions import Rotary, angles, turn
+from sqviz.streaming.storage import Int8Store, Store, zeros
 
 if TYPE_CHECKING:
     from sqviz.streaming.cache import SinkCache
 
 
 class SinkLayer(CacheLayerMixin):
-    """Keys and values in buffers [batch head index dim], and the sinks apart, turned back to position 0.
+    """Keys and values in a store each (storage.py), and the sinks apart, as floats turned back to position 0.
 
     Both pairs are lists of two, keys and values, because MLA turns the second: it caches (latent, turned key).
     """
@@ -32,7 +33,7 @@ class SinkLayer(CacheLayerMixin):
         rotary = cache.scheme if isinstance(cache.scheme, Rotary) else Rotary()
         self._turned = ("keys", "values").index(rotary.tensor) if omega is not None else None
         self._pairs = rotary.pairs
-        self.buffers: list[Float[Tensor, "batch head index dim"]] = []
+        self.stores: list[Store] = []
         self.sinks: list[Float[Tensor, "batch head sink dim"]] = []
         self.base = 0
         self._passes = 0
@@ -45,12 +46,12 @@ class SinkLayer(CacheLayerMixin):
         return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the buffers, as long as the cache says."""
+        """Make the stores, as long as the cache says."""
         self.dtype, self.device = key_states.dtype, key_states.device
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        pair = (key_states, value_states)
-        self.buffers = [_zeros(x, self.cache.length, x.dtype) for x in pair]
-        self.sinks = [_zeros(x, self.cache.policy.sinks, wide) for x in pair]
+        pair, store = (key_states, value_states), Int8Store if self.cache.int8 else Store
+        self.stores = [store(x, self.cache.length) for x in pair]
+        self.sinks = [zeros(x, self.cache.slots, wide) for x in pair]
         self.base = self.cache.state.base
         self.is_initialized = True
 
@@ -64,22 +65,20 @@ class SinkLayer(CacheLayerMixin):
         if self._passes == self.cache.passes:  # a pass that was interrupted is not this one
             raise self.cache.stranger
         self._passes = self.cache.passes
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, now.start : now.end] = states
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store.write(now.start, states)
         if self.cache.arriving:
-            self.remember(self.cache.arriving)
-        if not now.taken:
-            keys, values = (buffer[:, :, now.window : now.end] for buffer in self.buffers)
-        elif now.each:
-            keys, values = (
-                torch.cat([self._own(which), buffer[:, :, now.window : now.end]], 2)
-                for which, buffer in enumerate(self.buffers)
-            )
+            self.remember(self.cache.arriving, (key_states, value_states))
+        if now.each:
+            found = [
+                torch.cat([self._own(which), store.read(now.window, now.end)], 2)
+                for which, store in enumerate(self.stores)
+            ]
         else:
-            for which, buffer in enumerate(self.buffers):
-                buffer[:, :, now.window - now.taken : now.window] = self._placed(which)
-            keys, values = (buffer[:, :, now.window - now.taken : now.end] for buffer in self.buffers)
-        return keys, values
+            found = [store.read(now.window - now.taken, now.end) for store in self.stores]
+            for which in (0, 1) if now.taken else ():
+                found[which][:, :, : now.taken] = self._placed(which)
+        return found[0], found[1]
 
     def _placed(self, which: int) -> Float[Tensor, "batch head sink dim"]:
         """The sinks where the queries of this pass want them."""
@@ -94,22 +93,24 @@ class SinkLayer(CacheLayerMixin):
         return sinks.expand(-1, -1, self.cache.now.new, -1, -1).flatten(2, 3).to(self.dtype)
 
     @torch.no_grad()
-    def remember(self, columns: Mapping[int, Int[Tensor, " row"]]) -> None:
-        """Keep the keys and values of new sinks: {sink: [row] column, −1 where it is none of those in the buffer}.
+    def remember(self, columns: Mapping[int, Int[Tensor, " row"]], new: tuple[Tensor, Tensor] | None = None) -> None:
+        """Keep the keys and values of new sinks: {sink: [row] column, −1 where it is none of these tokens}.
 
-        One row stands for all rows of the batch.
+        One row stands for all rows of the batch. Taken from the `new` keys and values of this pass, or from what is
+        stored.
         """
-        for which, buffer in enumerate(self.buffers):
+        for which, store in enumerate(self.stores):
             missing = max(columns) + 1 - self.sinks[which].shape[2]
             if missing > 0:
-                more = _zeros(buffer, missing, self.sinks[which].dtype)
+                more = zeros(self.sinks[which], missing)
                 with torch.inference_mode(False):
                     self.sinks[which] = torch.cat([self.sinks[which], more], 2)
             for sink, column in columns.items():
-                column = column.expand(len(buffer))
+                column = column.expand(len(self.sinks[which]))
                 rows = torch.nonzero(column >= 0).flatten()
                 index = column[rows] - self.base
-                found = buffer[rows, :, index].to(self.sinks[which].dtype)  # [row head dim]
+                found = store.pick(rows, index) if new is None else new[which][rows, :, index - self.cache.now.start]
+                found = found.to(self.sinks[which].dtype)  # [row head dim]
                 if which == self._turned and self.omega is not None:
                     back = angles(-index[:, None].to(self.device), self.omega, self.dtype)  # [row 1 pair]
                     found = turn(found, back, self._pairs)
@@ -117,22 +118,22 @@ class SinkLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def move(self, first: int, stop: int, base: int, length: int) -> None:
-        """Bring the columns first … stop − 1 to where `base` has them in buffers of this length; keys turn as much.
+        """Bring the columns first … stop − 1 to where `base` has them in stores of this length; keys turn as much.
 
         If this is cut short, nothing has changed.
         """
-        if base == self.base and length == self.buffers[0].shape[2]:
+        if base == self.base and length == self.stores[0].length:
             return
         moved = []
-        for which, buffer in enumerate(self.buffers):
-            kept = buffer[:, :, first - self.base : stop - self.base]
+        for which, store in enumerate(self.stores):
+            new, here, end = store.empty(length), first - self.base, stop - self.base
             if which == self._turned and self.omega is not None and base != self.base:
-                by = torch.full((1,), self.base - base, device=buffer.device)
-                kept = turn(kept, angles(by, self.omega, self.dtype), self._pairs)
-            new = _zeros(buffer, length, buffer.dtype)
-            new[:, :, first - base : stop - base] = kept
+                by = torch.full((1,), self.base - base, device=self.device)
+                new.write(first - base, turn(store.read(here, end), angles(by, self.omega, self.dtype), self._pairs))
+            else:
+                new.copy(first - base, store, here, end)
             moved.append(new)
-        self.buffers, self.base = moved, base
+        self.stores, self.base = moved, base
 
     def _check(self, keys: Tensor) -> None:
         if keys.dtype != self.dtype or keys.device != self.device:
@@ -155,16 +156,11 @@ class SinkLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.buffers, self.sinks, self.is_initialized = [], [], False
+        self.stores, self.sinks, self.is_initialized = [], [], False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows in another order (beam search)."""
         with torch.inference_mode(False), torch.no_grad():
-            self.buffers = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers]
+            for store in self.stores:
+                store.reorder(beam_idx)
             self.sinks = [sinks.index_select(0, beam_idx.to(sinks.device)) for sinks in self.sinks]
-
-
-def _zeros(like: Float[Tensor, "batch head _ dim"], length: int, dtype: torch.dtype) -> Tensor:
-    """[batch head length dim], to be written to inside of inference mode and outside of it."""
-    with torch.inference_mode(False):
-        return torch.zeros(*like.shape[:2], length, like.shape[3], dtype=dtype, device=like.device)

@@ -95,6 +95,7 @@ def streaming_perplexity(
     *,
     method: Method = "parallel",
     block: int = BLOCK,
+    int8: bool = False,
     checkpoint: str | Path | None = None,
     every_seconds: float = 120.0,
     on_block: Callable[[int, Float[Tensor, " predicted"]], None] | None = None,
@@ -110,6 +111,7 @@ def streaming_perplexity(
         method: "parallel" or "tokens"; see the module's docstring. For a model that quantises its activations with one
             dynamic step per tensor the two differ: a block then shares a step.
         block: tokens per pass of "parallel".
+        int8: keep keys and values as INT8; see `SinkCache`.
         checkpoint: a file; written every `every_seconds` and when the work is cancelled, read if it is there.
         every_seconds: between two writes.
         on_block: called as `on_block(read, nll)` after every pass, with the tokens read and all −ln p so far.
@@ -131,7 +133,7 @@ def streaming_perplexity(
     ids = as_tokens(lm, tokens)
     if len(ids) < 2:
         raise TextTooShort(f"{len(ids)} token: a stream has at least 2, one given and one predicted")
-    run = _Run(lm, ids, policy, method, 1 if method == "tokens" else block)
+    run = _Run(lm, ids, policy, method, 1 if method == "tokens" else block, int8)
     file = None if checkpoint is None else Checkpoint(Path(checkpoint), run.about())
     if file is not None:
         run.resume(file)
@@ -156,11 +158,13 @@ def streaming_perplexity(
 class _Run:
     """One text on its way through the model."""
 
-    def __init__(self, lm: LM, ids: Int64[Tensor, " token"], policy: Policy, method: str, block: int) -> None:
-        self.lm, self.ids, self.policy, self.method, self.block = lm, ids, policy, method, block
+    def __init__(
+        self, lm: LM, ids: Int64[Tensor, " token"], policy: Policy, method: str, block: int, int8: bool
+    ) -> None:
+        self.lm, self.ids, self.policy, self.method, self.block, self.int8 = lm, ids, policy, method, block, int8
         self.nll = torch.zeros(len(ids) - 1)
         self.scored = 0
-        self.feed = Feed(lm, ids, policy, block)
+        self.feed = Feed(lm, ids, policy, block, int8=int8)
         self._marks: list[tuple[float, float, float]] = []
         self._spent, self._start, self._process = 0.0, time.perf_counter(), psutil.Process()
 
@@ -211,6 +215,7 @@ class _Run:
             "policy": repr(self.policy),
             "method": self.method,
             "block": self.block,
+            "int8": self.int8,
             "model": self.lm,
             "ids": self.ids,
         }

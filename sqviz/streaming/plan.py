@@ -119,7 +119,7 @@ def plan(state: State, new: int, recent: int | None, *, turned: bool, places: bo
     low = t.clone().fill_(state.held) if recent is None else (t - recent + 1).clamp(min=state.held)
     lows = (low.flatten() - first).tolist()
     low = torch.maximum(low, pads)  # [row query 1] first column of each query's window
-    gone = state.sinks[:, None, :taken] < (low if recent is not None else 0)  # [row query sink]
+    gone = state.sinks[:, None, :taken] < low  # [row query sink]
     columns = torch.arange(first, last + 1)[None, None]  # [1 1 key]
     near = (columns >= low) & (columns <= t)
     count = gone.sum(-1, keepdim=True)

@@ -116,11 +116,7 @@ class CacheReader(Reader):
             self._logits, self._done = logits, self._done + len(ids)
         except BaseException:
             # The cache has the tokens as soon as the blocks are through; the head may still fail, or be interrupted.
-            recent = cache.policy.recent
-            window = 0 if recent is None else before.seen - recent + 1
-            cache.abort()
-            cache.state.seen, cache.state.sinks = before.seen, before.sinks
-            cache.state.held = max(before.held, window)
+            cache.undo(before)
             raise
 
     def _check(self) -> None:

@@ -5,6 +5,7 @@ is what it was. The base model is told `position_ids` (indices of the buffer) an
 whose models compute the bias themselves from the length of the text, are told bias and mask.
 """
 
+import dataclasses
 import math
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
+from sqviz.streaming.plan import State
 from sqviz.streaming.positions import Alibi, bias, slopes
 
 if TYPE_CHECKING:
@@ -41,10 +43,27 @@ def steer(cache: "SinkCache") -> list[Any]:
         if cache is not None:
             cache.abort() if output is None else cache.commit()  # None: it raised
 
+    states: list[State] = []
+
+    def begun(_: nn.Module, __: tuple[Any, ...], kwargs: Arguments) -> None:
+        cache = given(kwargs)
+        if cache is not None:
+            states[:] = [dataclasses.replace(cache.state)]
+
+    def headed(_: nn.Module, __: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
+        cache = given(kwargs)
+        if cache is not None and output is None and states:  # all blocks are through; the head failed
+            cache.undo(states.pop())
+
     handles: list[Any] = [
         base.register_forward_pre_hook(before, with_kwargs=True),
         base.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
+    if base is not cache.lm.model:
+        handles += [
+            cache.lm.model.register_forward_pre_hook(begun, with_kwargs=True),
+            cache.lm.model.register_forward_hook(headed, with_kwargs=True, always_call=True),
+        ]
     if not isinstance(cache.scheme, Alibi):
         return handles
     form, slope = cache.scheme.form, slopes(cache.lm, cache.scheme.form, cache.lm.device)
@@ -84,7 +103,9 @@ def _told(cache: "SinkCache", args: tuple[Any, ...], kwargs: Arguments) -> Argum
     positions = torch.arange(now.start, now.end, device=given.device)[None].expand(rows, -1)
     if now.visible is None:
         return {"attention_mask": None, "position_ids": positions}
-    if cache.policy.recent is None and cache.hidden is not None:  # the model's own mask, with its sliding window
+    if (
+        cache.policy.recent is None and not now.taken and cache.hidden is not None
+    ):  # the model's own mask, with its sliding window
         return {"attention_mask": (~cache.hidden).long().to(given.device), "position_ids": positions}
     if str(cache.lm.config._attn_implementation).startswith("flash"):
         raise SqvizError("flash attention takes no mask: feed one token at a time, or load with sdpa attention")

@@ -281,6 +281,26 @@ def test_a_pass_that_breaks_off_is_as_if_it_had_not_been(name: str, kind, new: i
     assert error(torch.cat(got), reference(lm, ids, 2, 5)) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BloomForCausalLM", "MptForCausalLM"])
+def test_a_head_that_fails_takes_back_what_the_blocks_have_read(name: str, monkeypatch):
+    monkeypatch.setattr(cache_module, "SLACK", 2)
+    lm, ids, got, seen = model(name), text(40), [], 0
+    cache = SinkCache(lm, POLICY)
+    for size in (1, 5, 1, 1, 9, 1, 1, 1, 20):
+
+        def full(*_):
+            raise torch.OutOfMemoryError("no memory for the logits")
+
+        hook = lm.model.get_output_embeddings().register_forward_pre_hook(full)
+        with pytest.raises(torch.OutOfMemoryError):
+            feed(lm, cache, ids[seen : seen + size])
+        hook.remove()
+        assert cache.get_seq_length() == seen
+        got.append(feed(lm, cache, ids[seen : seen + size]))
+        seen += size
+    assert error(torch.cat(got), reference(lm, ids, 2, 5)) < 1e-4
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_a_first_pass_that_breaks_off_does_not_fix_the_shape_of_the_batch(kind):
     cache, mask = SinkCache(LLAMA, POLICY), torch.tensor([[0, 0, 1], [1, 1, 1]])

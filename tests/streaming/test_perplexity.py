@@ -1,6 +1,9 @@
 """Perplexity of a stream: both methods against the slow computation, bad input, stopping and going on."""
 
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -108,6 +111,41 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, name, policy, monkeypa
     assert torch.equal(again.nll, whole.nll)
 
 
+def test_a_killed_run_goes_on(tmp_path):
+    """Another process, killed while it works; nothing of it is asked to tidy up."""
+    file, told = tmp_path / "run.safetensors", tmp_path / "told"
+    script = f"""
+import pathlib, time, torch
+from sqviz.models.tiny import tiny
+from sqviz.streaming.perplexity import streaming_perplexity
+from sqviz.streaming.policies import Sinks
+def slow(read, _):
+    if read > 30:
+        pathlib.Path({str(told)!r}).write_text("here")
+        time.sleep(600)
+streaming_perplexity(
+    tiny("LlamaForCausalLM"), torch.tensor({IDS.tolist()}), Sinks(2, 7),
+    block=8, checkpoint={str(file)!r}, every_seconds=0, on_block=slow,
+)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        until = time.monotonic() + 120
+        while not told.exists():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    lm, seen = model("LlamaForCausalLM"), []
+    rest = streaming_perplexity(
+        lm, IDS, Sinks(2, 7), block=8, checkpoint=file, on_block=lambda read, _: seen.append(read)
+    )
+    assert seen[0] > 24
+    assert torch.equal(rest.nll, streaming_perplexity(lm, IDS, Sinks(2, 7), block=8).nll)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     lm, file = model("LlamaForCausalLM"), tmp_path / "run.safetensors"
     streaming_perplexity(lm, IDS, Sinks(2, 7), checkpoint=file)
@@ -128,8 +166,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     lm, file = model("LlamaForCausalLM"), tmp_path / "run.safetensors"
     streaming_perplexity(lm, IDS, Sinks(2, 7), checkpoint=file)
-    monkeypatch.setattr("sqviz.streaming.checkpoint.VERSION", 2)
-    with pytest.raises(SqvizError, match=r"is sqviz-stream 1; this sqviz reads sqviz-stream 2"):
+    monkeypatch.setattr("sqviz.streaming.checkpoint.VERSION", 9)
+    with pytest.raises(SqvizError, match=r"is sqviz-stream 2; this sqviz reads sqviz-stream 9"):
         streaming_perplexity(lm, IDS, Sinks(2, 7), checkpoint=file)
 
 
