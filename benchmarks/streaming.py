@@ -1,140 +1,128 @@
 """What a step of an endless stream costs, beside a dense cache and beside recomputation; everything interleaved.
 
-    python -m benchmarks streaming          or      python benchmarks/streaming.py [--sizes 256 1024] [--rounds 15]
+    python -m benchmarks streaming          or      python -m benchmarks.streaming [--sizes 256 1024] [--rounds 15]
 
-Per token and cache size: a step of `Sinks(4, size − 4)`, a step with transformers' DynamicCache that holds as many
-keys, and a pass over `size` tokens (`Recompute`, what a window without a cache costs). Then tokens per second of the
-two exact methods of `streaming_perplexity`, and steps early and late in a long stream.
+Per token and cache size (thesis Figure 4.8): a step of `Sinks(4, size − 4)`, one with transformers' DynamicCache that
+holds as many keys, a pass over `size` tokens (a window that is recomputed), and steps of attention_sinks 0.4.0 in an
+environment of its own (peer.py). Then tokens per second of the two exact methods of `streaming_perplexity`, and steps
+early and late in one stream.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import psutil
 import torch
-from transformers import DynamicCache
 
 import sqviz
-from sqviz.streaming.feed import Feed, last_logits_only
+from benchmarks.peer import Peer, Unavailable
+from sqviz.evaluation.stream_cost import POLICIES, interleaved, steps_at
+from sqviz.streaming.feed import Feed
 
-Step = Callable[[int], None]
-
-
-def filled(lm: sqviz.LM, ids: torch.Tensor, policy: sqviz.Sinks) -> sqviz.SinkCache:
-    """A cache after a text."""
-    feed = Feed(lm, ids, policy)
-    for _ in feed.passes():
-        pass
-    assert feed.cache is not None
-    return feed.cache
-
-
-def stepper(lm: sqviz.LM, ids: torch.Tensor, cache: object) -> Step:
-    """One decode step; a dense cache is cut back, so that it stays as long as it is."""
-
-    def step(turn: int) -> None:
-        given = ids[turn % len(ids)].view(1, 1)
-        lm.model(input_ids=given, past_key_values=cache, use_cache=True)
-        if isinstance(cache, DynamicCache):
-            cache.crop(-1)
-
-    return step
-
-
-def timed(steps: dict[str, Step], rounds: dict[str, int]) -> dict[str, float]:
-    """Median seconds of each, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(max(rounds.values())):
-        for name, step in steps.items():
-            if turn < rounds[name]:
-                start = time.perf_counter()
-                step(turn)
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+HEAD = ("sinks", "dense", "recomputed", "sinks/dense", "recomputed/sinks", "peer", "its dense", "peer/its dense")
 
 
 @torch.inference_mode()
-def per_size(lm: sqviz.LM, ids: torch.Tensor, size: int, rounds: int) -> None:
+def per_size(lm: sqviz.LM, ids: torch.Tensor, size: int, rounds: int, peer: Peer | None) -> None:
     """One row: milliseconds per token, and what they are of a dense step."""
-    text = ids[: size + 64]
-    sinks, dense = filled(lm, text, sqviz.Sinks(4, size - 4)), DynamicCache()
-    lm.model(input_ids=text[None, : size - 1], past_key_values=dense, use_cache=True, **last_logits_only(lm))
-
-    def recompute(turn: int) -> None:
-        lm.model(input_ids=text[None, turn : turn + size], use_cache=False, **last_logits_only(lm))
-
-    steps = {"sinks": stepper(lm, ids, sinks), "dense": stepper(lm, ids, dense), "recompute": recompute}
-    for step in steps.values():
-        step(0)
-    found = timed(steps, {"sinks": rounds, "dense": rounds, "recompute": max(3, rounds // 4)})
-    ms = {name: 1000 * seconds for name, seconds in found.items()}
-    print(
-        f"{size:6d} {ms['sinks']:9.1f} {ms['dense']:9.1f} {ms['recompute']:11.1f} {ms['sinks'] / ms['dense']:13.2f} "
-        f"{ms['recompute'] / ms['sinks']:17.1f} {sinks.bytes / 1e6:12.1f}",
-        flush=True,
-    )
-    sinks.close()
+    with steps_at(lm, ids, size, 4) as (steps, _):
+        turns = dict.fromkeys(steps, rounds) | {"window, recomputed": max(3, rounds // 4)}
+        theirs: dict[str, list[float]] = {"peer": [], "its dense": []}
+        if peer is not None:
+            kept, plain = peer.fill(size)
+            assert kept == plain == size, f"attention_sinks attends to {kept} and {plain} keys, not {size}"
+            steps |= {
+                "peer": lambda turn: theirs["peer"].append(peer.step(turn)),
+                "its dense": lambda turn: theirs["its dense"].append(peer.dense(turn)),
+            }
+            turns |= dict.fromkeys(theirs, rounds)
+        seconds = interleaved(steps, turns, lm.device)
+    ms = {name: 1000 * value for name, value in seconds.items()}
+    ms |= {name: 1000 * statistics.median(values[1:]) for name, values in theirs.items() if values}
+    ours, dense, slow = (ms[name] for name in POLICIES)
+    row = f"{size:6d} {ours:9.1f} {dense:9.1f} {slow:11.1f} {ours / dense:12.2f} {slow / ours:17.1f}"
+    if peer is not None:
+        row += f" {ms['peer']:9.1f} {ms['its dense']:10.1f} {ms['peer'] / ms['its dense']:15.2f}"
+    print(row, flush=True)
 
 
 def methods(lm: sqviz.LM, ids: torch.Tensor, rounds: int) -> None:
     """Tokens per second of both methods at Sinks(4, 1020), beyond the point where the cache is full."""
-    policy, block = sqviz.Sinks(4, 1020), 512
+    policy, block, steps = sqviz.Sinks(4, 1020), 512, 8
     speeds: dict[str, list[float]] = {"tokens": [], "parallel": []}
-    caches = {name: filled(lm, ids[:1280], policy) for name in speeds}
-    with torch.inference_mode():
-        step = stepper(lm, ids, caches["tokens"])
-        for turn in range(rounds):
-            start = time.perf_counter()
-            for k in range(8):
-                step(turn + k)
-            speeds["tokens"].append(8 / (time.perf_counter() - start))
-            feed = Feed(lm, ids[turn * block : (turn + 1) * block], policy, block, caches["parallel"])
+    feeds = {name: read(lm, ids[:1280], policy) for name in speeds}
+    for turn in range(rounds):
+        for name, tokens, size in (("tokens", steps, 1), ("parallel", block, block)):
+            feed = Feed(lm, ids[turn * block :][:tokens], policy, size, feeds[name].cache)
             start = time.perf_counter()
             for _ in feed.passes():
                 pass
-            speeds["parallel"].append(block / (time.perf_counter() - start))
+            speeds[name].append(tokens / (time.perf_counter() - start))
     slow, fast = (statistics.median(speeds[name]) for name in ("tokens", "parallel"))
-    print(f"\nSinks(4, 1020): tokens {slow:.1f} tokens/s, parallel {fast:.1f} tokens/s: {fast / slow:.1f} ×")
+    print(
+        f"\nSinks(4, 1020): tokens {slow:.1f} tokens/s, parallel {fast:.1f} tokens/s: {fast / slow:.1f} ×", flush=True
+    )
+    for feed in feeds.values():
+        feed.close()
 
 
-def along(lm: sqviz.LM, ids: torch.Tensor, positions: tuple[int, int]) -> None:
-    """Steps early and late in one stream, and the memory of the process."""
-    policy, process, rows = sqviz.Sinks(4, 252), psutil.Process(), []
-    feed = Feed(lm, ids[: positions[1]], policy)
-    wanted = list(positions)
-    for before, _ in feed.passes():
-        if wanted and before >= wanted[0] - feed.block:
-            assert feed.cache is not None
-            step = stepper(lm, ids, feed.cache)
-            with torch.inference_mode():
-                seconds = timed({"step": step}, {"step": 40})["step"]
-            rows.append((wanted.pop(0), 1000 * seconds, process.memory_info().rss / 1e6))
-    for position, ms, megabytes in rows:
-        print(f"after {position:8,d} tokens: {ms:6.1f} ms per step, {megabytes:7.0f} MB resident")
-    print(f"late / early: {rows[-1][1] / rows[0][1]:.3f} × time, {rows[-1][2] / rows[0][2]:.3f} × memory")
-    feed.close()
+@torch.inference_mode()
+def along(lm: sqviz.LM, ids: torch.Tensor, early: int, late: int, rounds: int) -> None:
+    """Steps after `early` tokens and after `late`, in turns; memory of the process at both places."""
+    policy, process = sqviz.Sinks(4, 252), psutil.Process()
+    streams = {"early": read(lm, ids[:early], policy)}
+    resident = {}
+    long = Feed(lm, ids[:late], policy)
+    for before, _ in long.passes():
+        if before >= early - long.block:
+            resident.setdefault("early", process.memory_info().rss)
+    streams["late"], resident["late"] = long, process.memory_info().rss
+
+    def step(name: str):
+        cache = streams[name].cache
+        return lambda turn: lm.model(input_ids=ids[turn].view(1, 1), past_key_values=cache, use_cache=True)
+
+    seconds = interleaved({name: step(name) for name in streams}, dict.fromkeys(streams, rounds), lm.device)
+    print()
+    for name, tokens in (("early", early), ("late", late)):
+        print(f"after {tokens:8,d} tokens: {1000 * seconds[name]:6.1f} ms per step, {resident[name] / 1e6:7.0f} MB")
+    time_ratio, memory = (found["late"] / found["early"] for found in (seconds, resident))
+    print(f"late / early: {time_ratio:.3f} × time, {memory:.3f} × resident memory", flush=True)
+    for feed in streams.values():
+        feed.close()
+
+
+def read(lm: sqviz.LM, ids: torch.Tensor, policy: sqviz.Sinks) -> Feed:
+    """A stream after a text."""
+    feed = Feed(lm, ids, policy)
+    for _ in feed.passes():
+        pass
+    return feed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=(256, 1024, 4096))
+    parser.add_argument("--sizes", type=int, nargs="+", default=(256, 512, 1024, 2048, 4096))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--positions", type=int, nargs=2, default=(5_000, 100_000))
     given = parser.parse_args()
     lm = sqviz.load()
     ids = sqviz.text().tokens(lm.tokenizer, limit=max(given.positions[1], max(given.sizes) + 64))
-    print(f"{lm}, {torch.get_num_threads()} threads; milliseconds per token, medians\n")
-    head = ("sinks", "dense", "recompute", "sinks/dense", "recompute/sinks", "cache MB")
-    print(
-        f"{'cache':>6s} "
-        + " ".join(f"{name:>{width}s}" for name, width in zip(head, (9, 9, 11, 13, 17, 12), strict=True))
-    )
+    try:
+        peer: Peer | None = Peer(lm)
+    except Unavailable as why:
+        print(f"without attention_sinks: {why}")
+        peer = None
+    print(f"{lm}, {torch.get_num_threads()} threads; milliseconds per token, medians of {given.rounds}\n")
+    widths = (9, 9, 11, 12, 17, 9, 10, 15)[: len(HEAD) if peer else 5]
+    print(f"{'keys':>6s} " + " ".join(f"{name:>{width}s}" for name, width in zip(HEAD, widths, strict=False)))
     for size in given.sizes:
-        per_size(lm, ids, size, given.rounds)
+        per_size(lm, ids, size, given.rounds, peer)
+    if peer is not None:
+        peer.close()
     methods(lm, ids, max(3, given.rounds // 4))
-    along(lm, ids, tuple(given.positions))
+    along(lm, ids, *given.positions, 3 * given.rounds)
 
 
 if __name__ == "__main__":

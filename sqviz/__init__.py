@@ -45,9 +45,10 @@ _HOMES = {
         "cache_sizes",
         "with_line_breaks",
     ],
-    "sqviz.evaluation.answers": ["QuestionStream", "score_answers"],
+    "sqviz.evaluation.answers": ["QuestionStream", "score_answers", "score_alone"],
     "sqviz.evaluation.streameval": ["streameval"],
     "sqviz.evaluation.arc_stream": ["arc_stream"],
+    "sqviz.evaluation.stream_cost": ["stream_cost"],
     "sqviz.widgets.smoothing": ["explore_smoothing"],
     "sqviz.progress": ["CancelToken"],
 }

@@ -25,10 +25,12 @@ class QuestionStream:
     Attributes:
         ids: the text.
         answers: [answer 2] first token of each answer, and the one behind its last.
+        starts: first token of what belongs to each question; None where questions do not stand by themselves.
     """
 
     ids: Int64[Tensor, " token"]
     answers: Int64[Tensor, "answer 2"]
+    starts: Int64[Tensor, " answer"] | None = None
 
     def __post_init__(self) -> None:
         if len(self.answers) == 0:
@@ -60,3 +62,28 @@ def score_answers(
             feed.close()
     right = said == stream.ids
     return torch.stack([right[first:stop].all() for first, stop in stream.answers.tolist()])
+
+
+@torch.no_grad()
+def score_alone(
+    lm: LM, stream: QuestionStream, *, shots: int = 1, cancel: CancelToken | None = None, progress: bool = False
+) -> Bool[Tensor, " answer"]:
+    """Whether the model says each answer when it reads that question alone, behind the `shots` questions before it.
+
+    The baseline of Table 4.5, "one-shot": what a stream should not fall below.
+
+    Raises:
+        SqvizError: questions of this stream do not stand by themselves.
+        Cancelled: stopped through `cancel`.
+    """
+    if stream.starts is None:
+        raise SqvizError("the questions of this stream refer to what came before; they cannot be asked alone")
+    starts, right = stream.starts.tolist(), []
+    with progress_bar(len(starts), "answers, one by one", unit="questions", cancel=cancel, show=progress) as bar:
+        for number, (first, stop) in enumerate(stream.answers.tolist()):
+            begin = starts[max(0, number - shots)]
+            part = stream.ids[begin:stop]
+            said = lm.model(input_ids=part[None].to(lm.device), use_cache=False).logits[0].argmax(-1).cpu()
+            right.append(bool((said[first - begin - 1 : -1] == part[first - begin :]).all()))
+            bar.step()
+    return torch.tensor(right)

@@ -31,15 +31,17 @@ def arc_stream(lm: LM, source: str | Path, limit: int | None = None) -> Question
         raise NoTokenizer(f"{lm.name} has no tokenizer, and the questions are text")
     ids: list[int] = []
     answers: list[tuple[int, int]] = []
+    starts: list[int] = []
     for number, question in enumerate(islice(_questions(source), limit)):
         asked, label = _text(question, number)
+        starts.append(len(ids))
         ids += lm.tokenizer(asked, add_special_tokens=False)["input_ids"]
         said = lm.tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
         answers.append((len(ids), len(ids) + len(said)))
         ids += said + lm.tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     if not answers:
         raise SqvizError(f"{str(source)!r} holds no question")
-    return QuestionStream(torch.tensor(ids), torch.tensor(answers))
+    return QuestionStream(torch.tensor(ids), torch.tensor(answers), torch.tensor(starts))
 
 
 def _questions(source: str | Path) -> Iterator[dict[str, Any]]:

@@ -8,16 +8,16 @@ with_line_breaks(lm, tokens, 4)                           Table 4.1: what if the
 
 import base64
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sqviz.corpus.segments import Text, as_tokens
-from sqviz.errors import SqvizError, TooLarge
+from sqviz.errors import Cancelled, SqvizError, TooLarge
 from sqviz.models.lm import LM
 from sqviz.progress import CancelToken, in_notebook
 from sqviz.streaming.feed import BLOCK
@@ -73,7 +73,8 @@ class PolicyComparison:
 
     Attributes:
         results: by label.
-        refused: why a policy has no result, by label (a dense run that would not fit into memory).
+        refused: why a policy has no result or not all of it, by label: a dense run that would not fit into memory, a
+            run that was stopped.
         model: name of the model.
     """
 
@@ -101,7 +102,8 @@ class PolicyComparison:
         """Perplexity of the last `window` tokens against position (Figure 4.1); a tenth of the text by default."""
         from sqviz.plots.streams import perplexity_curves
 
-        return perplexity_curves(self.curves(window), f"Perplexity of a stream · {self.model}")
+        note = " · ".join(self.refused.values())
+        return perplexity_curves(self.curves(window), f"Perplexity of a stream · {self.model}", note=note)
 
     def curves(self, window: int | None = None) -> dict[str, Float[Tensor, " predicted"]]:
         """Perplexity of the `window` tokens up to each one, by label."""
@@ -151,7 +153,8 @@ def compare_policies(
         policies: by label; the four of Figure 4.1 with 256 tokens by default.
         limit: score the first so many tokens only.
         block: tokens per pass.
-        live: in a notebook, draw the curves while they grow, with a button that stops the work.
+        live: in a notebook, draw the curves while they grow, with a button that stops the work; what was read until
+            then is returned.
         on_block: called as `on_block(label, read, nll)` after each pass.
         cancel: stops the work between two passes.
         progress: show a progress bar per policy.
@@ -159,6 +162,7 @@ def compare_policies(
     Raises:
         SqvizError: two policies of one name, and what `streaming_perplexity` raises; a policy whose run would not fit
             into memory is left out and named in `refused`.
+        Cancelled: stopped through `cancel`; not by the button of `live`.
     """
     chosen = four_policies(256) if policies is None else policies
     if not isinstance(chosen, Mapping):
@@ -172,8 +176,9 @@ def compare_policies(
 
         cancel = CancelToken() if cancel is None else cancel
         with LiveCurves(list(chosen), len(ids), f"Perplexity of a stream · {lm.name}", cancel) as curves:
-            return _compare(lm, ids, chosen, block, _both(curves, on_block), cancel, False)
-    return _compare(lm, ids, chosen, block, on_block, cancel, progress)
+            hear = _both(curves, on_block)
+            return _compare(lm, ids, chosen, block, hear, cancel, progress=False, keep=True)
+    return _compare(lm, ids, chosen, block, on_block, cancel, progress=progress, keep=False)
 
 
 def _compare(
@@ -183,17 +188,32 @@ def _compare(
     block: int,
     on_block: OnBlock | None,
     cancel: CancelToken | None,
+    *,
     progress: bool,
+    keep: bool,
 ) -> PolicyComparison:
+    """`keep`: return what is there once the work is cancelled, instead of raising."""
     results, refused = {}, {}
     for label, policy in policies.items():
-        hear = None if on_block is None else functools.partial(on_block, label)
+        heard: list[Float[Tensor, " predicted"]] = [torch.empty(0)]
+
+        def hear(read: int, nll: Float[Tensor, " predicted"], label: str = label, heard: list[Tensor] = heard) -> None:
+            heard[0] = nll
+            if on_block is not None:
+                on_block(label, read, nll)
+
         try:
             results[label] = streaming_perplexity(
                 lm, ids, policy, block=block, on_block=hear, cancel=cancel, progress=progress
             )
         except TooLarge as large:
             refused[label] = f"{label}: {large}"
+        except Cancelled:
+            if not keep:
+                raise
+            refused[label] = f"{label}: stopped after {len(heard[0]) + 1 if len(heard[0]) else 0:,} tokens"
+            if len(heard[0]):
+                results[label] = StreamPerplexity(policy, "parallel", heard[0].clone(), torch.empty(0, 3).double())
     return PolicyComparison(results, refused, lm.name)
 
 

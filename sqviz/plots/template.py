@@ -15,7 +15,7 @@ SERIES = {
 }
 _INK = {"light": "#1b1b1b", "dark": "#e8e8e8", "either": "#7b7b7b"}
 _PAPER = {"light": "#ffffff", "dark": "#111111", "either": "rgba(0,0,0,0)"}
-_GRID = {"light": "#dcdcdc", "dark": "#383838", "either": "#a0a0a0"}
+_GRID = {"light": "#dcdcdc", "dark": "#383838", "either": "rgba(128,128,128,0.25)"}
 MAGNITUDE = "Viridis"
 """The colour scale of magnitudes; perceptually even, and readable in grey and by the colour-blind."""
 
@@ -48,6 +48,7 @@ def template(theme: Theme = "either") -> go.layout.Template:
             "xaxis": axis,
             "yaxis": axis,
             "scene": {"xaxis": scene_axis, "yaxis": scene_axis, "zaxis": scene_axis, "bgcolor": "rgba(0,0,0,0)"},
+            "title": {"x": 0, "xref": "paper", "xanchor": "left"},  # the tools of a figure come up on its right
             "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
             "hoverlabel": {"font": {"size": 12}},
         }

@@ -10,7 +10,7 @@ from IPython.display import display
 from jaxtyping import Float
 from torch import Tensor
 
-from sqviz.plots.streams import perplexity_curves, perplexity_range, thin
+from sqviz.plots.streams import perplexity_axis, perplexity_curves, thin
 from sqviz.progress import CancelToken
 from sqviz.streaming.perplexity import perplexity_within
 from sqviz.widgets.worker import heard_while_busy
@@ -54,7 +54,7 @@ class LiveCurves:
         with self._figure.batch_update():
             self._figure.data[self._place[label]].x = positions
             self._figure.data[self._place[label]].y = values
-            self._figure.layout.yaxis.range = perplexity_range(self._shown)
+            self._figure.update_yaxes(**perplexity_axis(self._shown))
         mean = float(nll.double().mean().exp())
         self._label.value = f"{label}: {read:,} of {self._tokens:,} tokens, perplexity {mean:.4g}"
 

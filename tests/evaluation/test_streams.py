@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sqviz
-from sqviz.errors import NoTokenizer, SqvizError, TooLarge
-from sqviz.evaluation.answers import QuestionStream, score_answers
+from sqviz.errors import Cancelled, NoTokenizer, SqvizError, TooLarge
+from sqviz.evaluation.answers import QuestionStream, score_alone, score_answers
 from sqviz.evaluation.arc_stream import arc_stream
 from sqviz.evaluation.policies import cache_sizes, compare_policies, four_policies, sink_counts, with_line_breaks
 from sqviz.evaluation.streameval import streameval
@@ -65,6 +65,26 @@ def test_a_list_of_policies_is_labelled_by_itself():
         compare_policies(tiny("LlamaForCausalLM"), IDS, [Window(9), Window(9)])
 
 
+def test_a_live_comparison_that_is_stopped_keeps_what_was_read(monkeypatch):
+    """By the button, which cancels the token; without `live` the error is raised."""
+    policies = {"first": Sinks(2, 7), "second": Window(9), "third": Window(5)}
+
+    def stopping(token):
+        return lambda label, read, _: token.cancel() if (label, read) == ("second", 48) else None
+
+    monkeypatch.setattr("sqviz.evaluation.policies.in_notebook", lambda: True)
+    lm, token = tiny("LlamaForCausalLM"), sqviz.CancelToken()
+    found = compare_policies(lm, IDS, policies, block=16, on_block=stopping(token), cancel=token, live=True)
+    assert {label: len(result.nll) for label, result in found.results.items()} == {"first": 79, "second": 48}
+    assert torch.equal(found.results["second"].nll, streaming_perplexity(lm, IDS, Window(9), block=16).nll[:48])
+    assert found.refused == {"second": "second: stopped after 49 tokens", "third": "third: stopped after 0 tokens"}
+    assert "second: stopped" in found.figure().layout.title.subtitle.text
+    assert found.to_frame().loc["second", "tokens per second"] == 0
+    token = sqviz.CancelToken()
+    with pytest.raises(Cancelled):
+        compare_policies(lm, IDS, policies, block=16, on_block=stopping(token), cancel=token)
+
+
 def test_a_policy_that_does_not_fit_is_left_out(monkeypatch):
     def refuse(lm, ids, policy, **rest):
         if policy == Dense():
@@ -99,6 +119,22 @@ def test_an_answer_is_right_if_every_token_is_the_most_likely_one(policy):
     assert right.tolist() == [True, True, True]
     text[11] = (text[11] + 1) % 131
     assert score_answers(lm, QuestionStream(text, stream.answers), policy, block=16).tolist()[0] is False
+
+
+@pytest.mark.parametrize("shots", [0, 1, 2])
+def test_a_question_asked_alone_sees_the_ones_right_before_it(shots):
+    """The same as a text of its own that is read as a stream without a limit."""
+    lm = tiny("LlamaForCausalLM")
+    starts, answers = torch.tensor([0, 20, 50]), torch.tensor([[10, 12], [40, 41], [77, 80]])
+    text, first = IDS.clone(), [int(starts[max(0, number - shots)]) for number in range(3)]
+    for place in (10, 11, 40, 77, 78):
+        begin = first[[12, 41, 80].index(next(stop for stop in (12, 41, 80) if place < stop))]
+        text[place] = score_of(lm, text[begin:place], Dense())
+    text[79] = (score_of(lm, text[first[2] : 79], Dense()) + 1) % 131  # the last token of the third is wrong
+    asked = QuestionStream(text, answers, starts)
+    assert score_alone(lm, asked, shots=shots).tolist() == [True, True, False]
+    with pytest.raises(SqvizError, match="cannot be asked alone"):
+        score_alone(lm, QuestionStream(text, answers))
 
 
 def score_of(lm, ids, policy):
@@ -146,6 +182,7 @@ def test_arc_from_a_local_file(tmp_path):
     assert [text[first:stop] for first, stop in stream.answers] == [" A", " B"]
     assert len(arc_stream(lm, file, limit=1).answers) == 1
     assert score_answers(lm, stream, Sinks(4, 28)).shape == (2,)
+    assert [text[start:][:9] for start in stream.starts] == ["Question:"] * 2
 
 
 @pytest.mark.parametrize(
