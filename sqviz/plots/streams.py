@@ -26,6 +26,10 @@ def log_ticks(lo: float, hi: float) -> dict[str, Any]:
         digits = (1,)
     found = [digit * 10.0**power for power in range(math.floor(lo), math.ceil(hi) + 1) for digit in digits]
     found = [value for value in found if lo <= math.log10(value) <= hi]
+    if len(found) < 3:  # hardly a range at all: even steps
+        span = 10**hi - 10**lo
+        step = next(d * 10.0**k for k in range(-12, 13) for d in (1, 2, 5) if d * 10.0**k >= span / 5)
+        found = [step * k for k in range(math.ceil(10**lo / step), math.floor(10**hi / step) + 1)]
     return {"tickvals": found, "ticktext": [f"{value:,.10g}" for value in found]}
 
 
