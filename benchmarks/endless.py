@@ -41,7 +41,7 @@ def draw() -> None:
     with FILE.open(encoding="utf-8") as file:
         found = [[float(value) for value in row] for row in list(csv.reader(file))[1:]]
     here, all_so_far = f"{ROW:,} tokens at a time", "all tokens so far"
-    curve = {name: [(row[0], row[k]) for row in found] for k, name in enumerate(HEAD)}
+    curve = {name: [(row[0] / 1000, row[k]) for row in found] for k, name in enumerate(HEAD)}
     panels = {
         "perplexity": {here: curve["perplexity"], all_so_far: curve["perplexity so far"]},
         "tokens per second": {here: curve["tokens per second"]},
@@ -49,7 +49,13 @@ def draw() -> None:
     }
     title = "One text through one cache: SmolLM2-135M, 4 sinks and 252 recent keys"
     PICTURE.write_bytes(
-        cost_still(panels, title, "two cores, float32, blocks of 256 tokens", "tokens read", log=False).png()
+        cost_still(
+            panels,
+            title,
+            "two cores, float32, blocks of 256; dips in speed: other work on the machine",
+            "thousand tokens read",
+            log=False,
+        ).png()
     )
 
 

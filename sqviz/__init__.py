@@ -21,6 +21,7 @@ _HOMES = {
     "sqviz.corpus.source": ["text"],
     "sqviz.observe.magnitudes": ["Magnitudes"],
     "sqviz.observe.capture": ["capture"],
+    "sqviz.observe.attention": ["attention_maps", "AttentionMaps"],
     "sqviz.quant.granularity": ["PerTensor", "PerToken", "PerChannel", "PerGroup"],
     "sqviz.quant.schemes": [
         "Scheme",
