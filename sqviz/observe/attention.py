@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -29,6 +29,9 @@ from sqviz.observe.pieces import token_texts
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.tensorfile import write_tensors
+
+if TYPE_CHECKING:
+    from sqviz.widgets.attention import AttentionView
 
 CELLS = 128
 SINKS = 4
@@ -85,6 +88,18 @@ class AttentionMaps:
     def sink_mass(self, first: int = SINKS) -> Float[Tensor, "layer head"]:
         """Share of attention on the first keys."""
         return self.share[:, :, :first].sum(-1)
+
+    def heatmap(self, lm: LM | None = None, **state: Any) -> "AttentionView":
+        """All layers and heads as small multiples; given the model, an opened head is shown token by token.
+
+        `state`: initial traits of `AttentionView`, such as `sort="sink"`.
+        """
+        from sqviz.widgets.attention import AttentionView
+
+        return AttentionView(self, lm, **state)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        return self.heatmap()._repr_mimebundle_(**kwargs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, in place of what may be there once it is complete.
