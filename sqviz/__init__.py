@@ -50,6 +50,7 @@ _HOMES = {
     "sqviz.evaluation.streameval": ["streameval"],
     "sqviz.evaluation.arc_stream": ["arc_stream"],
     "sqviz.evaluation.stream_cost": ["stream_cost"],
+    "sqviz.evaluation.sinks": ["sinks"],
     "sqviz.widgets.smoothing": ["explore_smoothing"],
     "sqviz.progress": ["CancelToken"],
 }
