@@ -52,6 +52,7 @@ _HOMES = {
     "sqviz.evaluation.stream_cost": ["stream_cost"],
     "sqviz.evaluation.sinks": ["sinks"],
     "sqviz.widgets.smoothing": ["explore_smoothing"],
+    "sqviz.widgets.sink_explorer": ["explore_sinks"],
     "sqviz.progress": ["CancelToken"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
