@@ -43,11 +43,21 @@ function render({ model, el }) {
     model.set(name, value);
     model.save_changes();
   };
-  const most = Math.min(16, tokens.length);
-  const count = addRange(bar, "sinks", "How many of the first tokens are kept for good", { min: 0, max: most, value: model.get("chosen").length, live },
-    (value) => set("chosen", Array.from({ length: value }, (_, i) => i)));
-  const recent = addRange(bar, "window", "How many of the latest tokens are kept", { min: 1, max: tokens.length, value: model.get("recent"), live },
-    (value) => set("recent", value));
+  const states = model.get("states") ?? []; // an exported page carries what its sliders can be set to
+  const works = live || states.length > 0;
+  const most = live || !works ? Math.min(16, tokens.length) : Math.max(...states.map((state) => state.chosen.length));
+  const widest = live || !works ? tokens.length : Math.max(...states.map((state) => state.recent));
+  const choose = (chosen, recent) => {
+    if (live) return;
+    const far = (state) => 1000 * Math.abs(Math.log(state.recent / recent)) + Math.abs(state.chosen.length - chosen);
+    const nearest = states.reduce((best, state) => (far(state) < far(best) ? state : best));
+    const { scores, ...rest } = nearest;
+    model.set({ ...rest, scores: { ...model.get("scores"), ...scores } });
+  };
+  const count = addRange(bar, "sinks", "How many of the first tokens are kept for good", { min: 0, max: most, value: model.get("chosen").length, live: works },
+    (value) => (live ? set("chosen", Array.from({ length: value }, (_, i) => i)) : choose(value, model.get("recent"))));
+  const recent = addRange(bar, "window", "How many of the latest tokens are kept", { min: 1, max: widest, value: model.get("recent"), live: works },
+    (value) => (live ? set("recent", value) : choose(model.get("chosen").length, value)));
   addButton(bar, "PNG", "Save the curves", () => savePicture(curves.canvas, "sinks"));
   const code = make("code", "sx-code");
   const copy = addButton(bar, "Copy as code", "The chosen cache as a line of Python", async () => {
@@ -142,7 +152,7 @@ function render({ model, el }) {
   };
   const say = () => {
     code.textContent = model.get("code");
-    status.textContent = model.get("status") || (live ? "" : "No kernel: this is what was saved.");
+    status.textContent = model.get("status") || (live ? "" : "No kernel: the sliders move between what was computed beforehand, tokens cannot be chosen.");
     problem.textContent = model.get("problem");
     problem.hidden = !model.get("problem");
   };

@@ -11,6 +11,8 @@ they belong to.
 
 import base64
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from sqviz.errors import SqvizError, TextTooShort
 from sqviz.models.lm import LM
 from sqviz.observe.pieces import token_texts
 from sqviz.plots.streams import perplexity_range
+from sqviz.progress import CancelToken
+from sqviz.progress import progress as progress_bar
 from sqviz.streaming.perplexity import perplexity_within, streaming_perplexity
 from sqviz.streaming.policies import Dense, Policy, Sinks, Window
 from sqviz.widgets.still import Still
@@ -53,6 +57,7 @@ class SinkExplorer(View):
 
     def __init__(self, lm: LM, ids: Int64[Tensor, " token"], sinks: int, recent: int) -> None:
         self._lm, self._ids, self._lock = lm, ids, threading.RLock()
+        self._states: list[dict[str, Any]] = []
         self._worker = Worker(("sinks", "window", "dense"), self._failed, "sqviz sinks")
         super().__init__(
             title=f"Attention sinks · {lm.name}",
@@ -80,12 +85,7 @@ class SinkExplorer(View):
     @property
     def policy(self) -> Policy:
         """What is chosen now."""
-        count = len(self.chosen)
-        if not count:
-            return Window(self.recent)
-        if self.chosen == list(range(count)):
-            return Sinks(count, self.recent)
-        return Sinks(count, self.recent, positions=tuple(self.chosen))
+        return _policy(self.recent, self.chosen)
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Block until the latest choice is scored; False when that took longer."""
@@ -101,9 +101,43 @@ class SinkExplorer(View):
         with self._lock:
             super().set_state(sync_data)
 
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        counts: Sequence[int] = (0, 1, 2, 4, 8),
+        recents: Sequence[int] | None = None,
+        *,
+        progress: bool = False,
+    ) -> str | Path:
+        """A self-contained page whose sliders work: the text is scored beforehand for every choice that they offer.
+
+        Args:
+            path: where to write it; None returns the text of the page.
+            counts: numbers of sinks that the page offers.
+            recents: windows that it offers; half the present one, it, twice and four times it by default.
+            progress: show a progress bar; each choice costs a pass over the text.
+        """
+        wide = len(self._ids)
+        offered = recents or (self.recent // 2, self.recent, 2 * self.recent, 4 * self.recent)
+        offered = sorted({min(max(1, recent), wide) for recent in offered})
+        counts = sorted({count for count in (*counts, len(self.chosen)) if count <= wide})
+        self._states = []
+        with progress_bar(len(offered) * len(counts), "page", unit="choices", show=progress) as bar:
+            for recent in offered:
+                for count in counts:
+                    chosen = self.chosen if count == len(self.chosen) else list(range(count))
+                    found = {
+                        "sinks": self._found("sinks", _policy(recent, chosen), recent, chosen),
+                        "window": self._found("window", Window(recent + count), recent, chosen),
+                    }
+                    code = _code(_policy(recent, chosen))
+                    self._states.append({"recent": recent, "chosen": chosen, "scores": found, "code": code})
+                    bar.step()
+        return super().to_html(path)
+
     def page_state(self) -> dict[str, Any]:
-        """The traits; in a page nothing is under way."""
-        return super().page_state() | {"status": ""}
+        """The traits, and what `to_html` has scored beforehand; in a page nothing is under way."""
+        return super().page_state() | {"status": "", "states": self._states}
 
     def still(self) -> Still:
         """The curves of the present scores."""
@@ -134,20 +168,25 @@ class SinkExplorer(View):
 
         def work(turn: Turn) -> None:
             self._publish(status=f"reading the text with {policy!r} …", problem="")
-            found = streaming_perplexity(self._lm, self._ids, policy, block=BLOCK, cancel=turn)
+            mine = self._found(name, policy, recent, chosen, turn)
             turn.check()
-            mine = {
-                "nll": base64.b64encode(float32_bytes(found.nll)).decode(),
-                "policy": repr(policy),
-                "perplexity": found.perplexity,
-                "size": recent + len(chosen) if name != "dense" else None,
-                "recent": recent,
-                "chosen": chosen,
-            }
             with self._lock:
                 self._publish(scores=self.scores | {name: mine}, status="")
 
         self._worker.submit(name, work)
+
+    def _found(
+        self, name: str, policy: Policy, recent: int, chosen: list[int], cancel: CancelToken | None = None
+    ) -> dict[str, Any]:
+        found = streaming_perplexity(self._lm, self._ids, policy, block=BLOCK, cancel=cancel)
+        return {
+            "nll": base64.b64encode(float32_bytes(found.nll)).decode(),
+            "policy": repr(policy),
+            "perplexity": found.perplexity,
+            "size": recent + len(chosen) if name != "dense" else None,
+            "recent": recent,
+            "chosen": chosen,
+        }
 
     def _publish(self, **traits: Any) -> None:
         with self._lock:
@@ -158,8 +197,20 @@ class SinkExplorer(View):
         self._publish(problem=f"{LABELS[lane]}: {type(error).__name__}: {error}", status="")
 
     def _say_code(self) -> None:
-        policy = self.policy
-        self.code = f"cache = sqviz.SinkCache(lm, sqviz.{policy!r})"
+        self.code = _code(self.policy)
+
+
+def _policy(recent: int, chosen: list[int]) -> Policy:
+    count = len(chosen)
+    if not count:
+        return Window(recent)
+    if chosen == list(range(count)):
+        return Sinks(count, recent)
+    return Sinks(count, recent, positions=tuple(chosen))
+
+
+def _code(policy: Policy) -> str:
+    return f"cache = sqviz.SinkCache(lm, sqviz.{policy!r})"
 
 
 def _values(found: dict[str, Any]) -> Tensor:

@@ -106,3 +106,26 @@ def test_text_is_shown_and_never_run(view_page):
     assert page.locator(".sqviz img, .sqviz script").count() == 0
     assert "No kernel" in page.locator(".sqviz").inner_text()
     view.close()
+
+
+def test_the_sliders_of_a_page_work_without_a_kernel(view_page):
+    import torch
+
+    from sqviz.models.tiny import tiny
+    from sqviz.streaming.perplexity import streaming_perplexity
+    from sqviz.streaming.policies import Sinks, Window
+    from sqviz.widgets.sink_explorer import explore_sinks
+
+    lm, ids = tiny("LlamaForCausalLM"), torch.arange(3, 103)
+    view = explore_sinks(lm, ids, sinks=2, recent=8)
+    assert view.wait(60)
+    page = view_page(view)
+    for count, recent, policy in ((4, 8, Sinks(4, 8)), (0, 8, Window(8)), (0, 16, Window(16)), (8, 32, Sinks(8, 32))):
+        slide(page, "window", recent)
+        slide(page, "sinks", count)
+        assert page.locator(".sx-code").inner_text() == f"cache = sqviz.SinkCache(lm, sqviz.{policy!r})"
+        expected = streaming_perplexity(lm, ids, policy).nll[count + recent :].double().mean().exp()
+        assert float(page.locator(".sx-numbers b").last.inner_text()) == pytest.approx(float(expected), rel=0.01)
+    slide(page, "sinks", 5)  # was not computed: the nearest that was
+    assert "Sinks(4, 32)" in page.locator(".sx-code").inner_text()
+    view.close()

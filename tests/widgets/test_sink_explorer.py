@@ -115,6 +115,22 @@ def test_still_and_page(explorer):
     assert "chosen sinks" in explorer.to_html()
 
 
+def test_a_page_carries_what_its_sliders_offer(explorer):
+    explorer.chosen = [0, 3]
+    assert explorer.wait(60)
+    explorer.to_html(counts=(0, 1), recents=(5, 900))
+    states = explorer.page_state()["states"]
+    assert [(state["recent"], state["chosen"]) for state in states] == [
+        (recent, chosen) for recent in (5, 70) for chosen in ([], [0], [0, 3])
+    ]
+    for state in states:
+        policy = module._policy(state["recent"], state["chosen"])
+        expected = streaming_perplexity(LM, IDS, policy, method="tokens")
+        found = torch.from_numpy(np.frombuffer(base64.b64decode(state["scores"]["sinks"]["nll"]), "<f4").copy())
+        assert torch.allclose(found, expected.nll, atol=1e-4)
+        assert state["code"].endswith(f"sqviz.{policy!r})")
+
+
 def test_bad_input():
     for given in ({"tokens": 1}, {"sinks": -1}, {"recent": 0}):
         with pytest.raises(SqvizError, match="are needed"):
