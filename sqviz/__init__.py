@@ -53,6 +53,7 @@ _HOMES = {
     "sqviz.evaluation.sinks": ["sinks"],
     "sqviz.widgets.smoothing": ["explore_smoothing"],
     "sqviz.widgets.sink_explorer": ["explore_sinks"],
+    "sqviz.widgets.stream_explorer": ["explore_stream"],
     "sqviz.progress": ["CancelToken"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

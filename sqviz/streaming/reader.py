@@ -65,6 +65,13 @@ class Reader(abc.ABC):
     def view(self) -> CacheView:
         """What is kept now."""
 
+    @abc.abstractmethod
+    def change(self, policy: Policy) -> None:
+        """Keep something else from the next pass on.
+
+        Raises `SqvizError` where a policy with a cache would have to become one without, or the other way round.
+        """
+
 
 class CacheReader(Reader):
     """Reads each token once and keeps keys and values in a `SinkCache`."""
@@ -109,6 +116,12 @@ class CacheReader(Reader):
         sinks = tuple(column for column in state.sinks[0].tolist() if column < state.seen)
         return CacheView(sinks, state.held, state.seen - 1, cache.kept, capacity(cache.policy), cache.bytes)
 
+    def change(self, policy: Policy) -> None:
+        """See `Reader`."""
+        if isinstance(policy, Recompute):
+            raise SqvizError(f"{policy!r} keeps no cache, and this stream has one. Begin a new stream for it")
+        self.cache.policy = policy
+
     def _pass(self, ids: Sequence[int]) -> None:
         cache, before = self.cache, dataclasses.replace(self.cache.state)
         try:
@@ -150,6 +163,12 @@ class WindowReader(Reader):
         """See `Reader`."""
         first = max(0, self._seen - self.policy.recent)
         return CacheView((), first, self._seen - 1, self._seen - first, self.policy.recent, 0)
+
+    def change(self, policy: Policy) -> None:
+        """See `Reader`."""
+        if not isinstance(policy, Recompute):
+            raise SqvizError(f"this stream keeps no cache, and {policy!r} needs one. Begin a new stream for it")
+        self.policy = policy
 
 
 def reader(lm: LM, policy: Policy, cache: "SinkCache | None", chunk: int) -> Reader:

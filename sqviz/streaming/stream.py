@@ -22,6 +22,7 @@ from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
 from sqviz.progress import CancelToken
 from sqviz.streaming.pieces import Pieces
+from sqviz.streaming.policies import Policy
 from sqviz.streaming.reader import CacheView, Reader
 from sqviz.streaming.sampling import Choice, Sampler
 from sqviz.streaming.turns import Prompt, Turns
@@ -142,6 +143,14 @@ class Stream(Iterator[StreamStep], AsyncIterator[StreamStep]):
     def cache(self) -> "SinkCache | None":
         """Where keys are kept; its policy may be changed on the way. None for `Recompute`."""
         return self._reader.cache
+
+    def change(self, policy: Policy) -> None:
+        """Keep something else from the next token on; waits for the step under way.
+
+        Raises `SqvizError` where a policy with a cache would have to become one without, or the other way round.
+        """
+        with self._lock:
+            self._reader.change(policy)
 
     def __repr__(self) -> str:
         return f"Stream({self._lm.name}: {len(self._ids)} tokens, {self.ended or 'goes on'})"

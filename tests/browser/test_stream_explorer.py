@@ -1,0 +1,130 @@
+"""The live stream in JupyterLab: buttons, sliders and sources; what the lanes show is what Python computed."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+SETUP = """import json, torch
+from sqviz.models.tiny import tiny
+from sqviz.streaming.perplexity import streaming_perplexity
+from sqviz.widgets.stream_explorer import explore_stream
+from sqviz.streaming.policies import *
+lm = tiny("LlamaForCausalLM")
+ids = torch.randint(3, 131, (20_000,), generator=torch.Generator().manual_seed(1))
+view = explore_stream(lm, ids, sinks=4, recent=28)"""
+
+
+def told(lab, expression: str):
+    return json.loads(lab.run(f"print(json.dumps({expression}))"))
+
+
+def lane(page, name: str):
+    return page.locator(f".st-lane[data-lane={name}]")
+
+
+@pytest.fixture
+def lab(lab_page):
+    found = lab_page([SETUP, "view"], width=1100, height=1000)
+    found.run_all()
+    found.page.get_by_role("button", name="Start", exact=True).wait_for()
+    return found
+
+
+def test_start_pause_and_every_token_as_it_was_computed(lab, screenshots):
+    page = lab.page
+    page.get_by_role("button", name="Start", exact=True).click()
+    for name in ("dense", "window", "sinks"):
+        lane(page, name).locator(".st-token").nth(60).wait_for(timeout=60_000)
+    page.get_by_role("button", name="Pause", exact=True).click()
+    page.get_by_role("button", name="Go on", exact=True).wait_for()
+    page.wait_for_timeout(500)
+    page.screenshot(path=screenshots / "stream_light.png")
+    for name, policy in (("dense", "Dense()"), ("window", "Window(32)"), ("sinks", "Sinks(4, 28)")):
+        count = told(lab, f"view.tracks[{name!r}].count")
+        shown = (
+            lane(page, name)
+            .locator(".st-token")
+            .evaluate_all("all => all.map(one => [one.token.position, one.token.nll])")
+        )
+        assert [at for at, _ in shown] == list(range(max(1, count - 399), count + 1))
+        nll = told(lab, f"streaming_perplexity(lm, ids[:{count + 1}], {policy}).nll.tolist()")
+        assert [value for _, value in shown] == pytest.approx(nll[shown[0][0] - 1 :], abs=3e-4)
+        said = lane(page, name).locator(".st-numbers").inner_text()
+        assert said.startswith(f"{count:,} tokens · perplexity ")
+    page.get_by_role("button", name="Go on", exact=True).click()
+    before = told(lab, "view.tracks['sinks'].count")
+    page.wait_for_timeout(500)
+    assert told(lab, "view.tracks['sinks'].count") > before
+    page.get_by_role("button", name="Reset", exact=True).click()
+    page.get_by_role("button", name="Start", exact=True).wait_for()
+    page.wait_for_function("() => !document.querySelector('.st-lane')")
+
+
+def test_sliders_and_boxes_act_while_it_runs(lab):
+    page = lab.page
+    page.locator("label", has_text="Dense").locator("input").uncheck()
+    page.get_by_role("button", name="Start", exact=True).click()
+    lane(page, "sinks").locator(".st-token").nth(80).wait_for(timeout=60_000)
+    page.locator("label", has_text="window").last.locator("input").evaluate(
+        "input => { input.value = 12; input.dispatchEvent(new Event('input', { bubbles: true })); }"
+    )
+    page.wait_for_timeout(800)
+    assert told(lab, "repr(view._lanes['sinks'].policy)") == "Sinks(4, 12)"
+    assert told(lab, "view._lanes['sinks']._reader.cache.kept") == 16
+    assert lane(page, "dense").count() == 0
+    page.locator("label", has_text="Dense").locator("input").check()
+    lane(page, "dense").locator(".st-token").nth(5).wait_for(timeout=60_000)
+    page.get_by_role("button", name="Pause", exact=True).click()
+
+
+def test_a_page_that_comes_back_shows_the_same(lab, screenshots):
+    page = lab.page
+    page.get_by_role("button", name="Start", exact=True).click()
+    lane(page, "sinks").locator(".st-token").nth(100).wait_for(timeout=60_000)
+    page.get_by_role("button", name="Pause", exact=True).click()
+    page.get_by_role("button", name="Go on", exact=True).wait_for()
+    page.wait_for_timeout(500)
+    tokens = "all => all.map(one => one.token.nll)"
+    before = lane(page, "sinks").locator(".st-token").evaluate_all(tokens)
+    lab.command("notebook:clear-all-cell-outputs")
+    page.wait_for_function("() => !document.querySelector('.st-lane')")
+    lab.theme("dark")
+    page.evaluate("() => { const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = 1; }")
+    lab.command("notebook:run-cell")
+    lane(page, "sinks").locator(".st-token").nth(len(before) - 1).wait_for(timeout=60_000)
+    assert lane(page, "sinks").locator(".st-token").evaluate_all(tokens) == before
+    page.wait_for_timeout(500)
+    page.screenshot(path=screenshots / "stream_dark.png")
+
+
+def test_a_page_without_a_kernel_shows_where_it_stood_and_runs_nothing(view_page, screenshots):
+    import dataclasses
+
+    import torch
+
+    from sqviz.models.tiny import tiny
+    from sqviz.streaming.lane import LaneStep
+    from sqviz.streaming.reader import CacheView
+    from sqviz.widgets.stream_explorer import explore_stream
+    from sqviz.widgets.stream_track import Track
+
+    words = ["<img src=x onerror=alert(1)>", "שלום", "👩‍🚀", "\ufffd", "</script>"]
+    view = explore_stream(tiny("LlamaForCausalLM"), torch.arange(3, 103))
+    track = Track()
+    cache = CacheView((0, 1, 2, 3), 10, 61, 56, 256, 1_000_000)
+    step = LaneStep(0, 0, "", 2.0, ((words[0], 0.4), (words[1], 0.2)), cache, 0.06)
+    for at in range(100):
+        track.add(dataclasses.replace(step, position=at + 1, text=words[at % 5], nll=at % 9), 0.06)
+    view._tracks = {"sinks": track}
+    page = view_page(view, width=620, theme="dark")
+    assert lane(page, "sinks").locator(".st-token").all_inner_texts()[:5] == words
+    assert page.locator(".sqviz img").count() == 0
+    lane(page, "sinks").locator(".st-token").nth(99).hover()
+    assert f"40.0 % “{words[0]}”" in page.locator(".sqviz-tip:visible").inner_text()
+    assert page.locator(".sqviz img").count() == 0
+    assert page.get_by_role("button", name="Start", exact=True).is_disabled()
+    assert "no kernel" in page.locator(".sqviz-note").first.inner_text()
+    page.screenshot(path=screenshots / "stream_page_dark.png", full_page=True)
+    view.close()
