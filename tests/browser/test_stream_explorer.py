@@ -70,7 +70,10 @@ def test_sliders_and_boxes_act_while_it_runs(lab):
     page.locator("label", has_text="window").last.locator("input").evaluate(
         "input => { input.value = 12; input.dispatchEvent(new Event('input', { bubbles: true })); }"
     )
-    page.wait_for_timeout(800)
+    for _ in range(100):
+        if told(lab, "repr(view._lanes['sinks'].policy)") == "Sinks(4, 12)":
+            break
+        page.wait_for_timeout(100)
     assert told(lab, "repr(view._lanes['sinks'].policy)") == "Sinks(4, 12)"
     assert told(lab, "view._lanes['sinks']._reader.cache.kept") == 16
     assert lane(page, "dense").count() == 0

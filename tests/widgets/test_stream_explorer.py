@@ -97,17 +97,20 @@ def test_sliders_act_while_it_runs(view, monkeypatch):
     view.recent, view.sinks = 5, 4
     assert view.wait(60)
     got = [step[2] for step in heard.steps("sinks")]
-    for at in range(20, 119):
-        lane = Reading(LM, IDS, Sinks(2, 9))
-        expected = []
-        for place in range(119):
-            if place == at:
-                lane.change(Sinks(2, 5))
-                lane.change(Sinks(4, 5))
-            expected.append(lane.step().nll)
-        lane.close()
-        if expected == pytest.approx(got, abs=2e-4):
-            return
+    for first in range(20, 119):
+        for second in range(first, min(first + 4, 119)):  # a step may come between the two assignments
+            lane, expected = Reading(LM, IDS, Sinks(2, 9)), []
+            for place in range(119):
+                if place == second:
+                    lane.change(Sinks(4, 5))
+                elif place == first:
+                    lane.change(Sinks(2, 5))
+                expected.append(lane.step().nll)
+                if abs(expected[-1] - got[place]) > 2e-4:
+                    break
+            lane.close()
+            if len(expected) == 119 and abs(expected[-1] - got[-1]) < 2e-4:
+                return
     pytest.fail("no place at which the sliders could have acted")
 
 
