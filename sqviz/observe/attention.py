@@ -11,6 +11,7 @@ share of attention that each key gets, the entropy, and how large the same token
 import dataclasses
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -309,14 +310,15 @@ class _norms:
     """Hooks on the blocks for as long as the `with` block lasts."""
 
     def __init__(self, lm: LM, sums: _Sums) -> None:
-        self._lm, self._sums = lm, sums
+        self._lm, self._sums, self._thread = lm, sums, threading.get_ident()
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
         for index, block in enumerate(_blocks(self._lm)):
 
             def after(_: Any, __: Any, output: Any, index: int = index) -> None:
-                self._sums.add_norms(index, output[0] if isinstance(output, tuple) else output)
+                if threading.get_ident() == self._thread:  # another thread may use the same model
+                    self._sums.add_norms(index, output[0] if isinstance(output, tuple) else output)
 
             self._handles.append(block.register_forward_hook(after))
 

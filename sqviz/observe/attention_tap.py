@@ -8,6 +8,7 @@ another attention implementation and hands out probabilities of all layers at on
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class Tap(TorchFunctionMode):
         self._lm, self._see, self._layer = lm, see, -1
         self._lowest = torch.finfo(lm.dtype).min / 2
         self.seen: set[int] = set()
+        self._thread = threading.get_ident()
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Tap":
@@ -83,6 +85,8 @@ class Tap(TorchFunctionMode):
             )
 
     def _enter_block(self, index: int) -> None:
+        if threading.get_ident() != self._thread:
+            return  # another thread uses the same model
         self._layer = index
         if index == 0:
             self.seen.clear()

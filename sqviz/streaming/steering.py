@@ -1,8 +1,10 @@
 """How a model is told the positions and masks of a `SinkCache`: by hooks that replace arguments of its forward.
 
 The hooks live as long as the cache and act only on calls that are given this very cache; for all other calls the model
-is what it was. The base model is told `position_ids` (indices of the buffer) and a mask; attention modules with ALiBi,
-whose models compute the bias themselves from the length of the text, are told bias and mask.
+is what it was. Another thread may be in the middle of such a call while hooks come or go; torch then calls them without
+the keyword arguments that they were registered for, so they take any arguments (`_keywords`). The base model is told
+`position_ids` (indices of the buffer) and a mask; attention modules with ALiBi, whose models compute the bias
+themselves from the length of the text, are told bias and mask.
 """
 
 import dataclasses
@@ -34,25 +36,26 @@ def steer(cache: "SinkCache") -> list[Any]:
         cache = mine()
         return cache if any(kwargs.get(name) is cache for name in ("past_key_values", "layer_past")) else None
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Any, Arguments] | None:
+    def before(_: nn.Module, args: tuple[Any, ...], *rest: Any) -> tuple[Any, Arguments] | None:
+        kwargs = _keywords(rest, 1)
         cache = given(kwargs)
         return None if cache is None else (args, kwargs | _told(cache, args, kwargs))
 
-    def after(_: nn.Module, __: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
-        cache = given(kwargs)
+    def after(_: nn.Module, __: tuple[Any, ...], *rest: Any) -> None:
+        cache, output = given(_keywords(rest, 2)), rest[-1]
         if cache is not None:
             cache.abort() if output is None else cache.commit()  # None: it raised
 
     states: list[State] = []
 
-    def begun(_: nn.Module, __: tuple[Any, ...], kwargs: Arguments) -> None:
-        cache = given(kwargs)
+    def begun(_: nn.Module, __: tuple[Any, ...], *rest: Any) -> None:
+        cache = given(_keywords(rest, 1))
         if cache is not None:
             states[:] = [dataclasses.replace(cache.state)]
 
-    def headed(_: nn.Module, __: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
-        cache = given(kwargs)
-        if cache is not None and output is None and states:  # all blocks are through; the head failed
+    def headed(_: nn.Module, __: tuple[Any, ...], *rest: Any) -> None:
+        cache = given(_keywords(rest, 2))
+        if cache is not None and rest[-1] is None and states:  # all blocks are through; the head failed
             cache.undo(states.pop())
 
     handles: list[Any] = [
@@ -68,7 +71,8 @@ def steer(cache: "SinkCache") -> list[Any]:
         return handles
     form, slope = cache.scheme.form, slopes(cache.lm, cache.scheme.form, cache.lm.device)
 
-    def biased(_: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Any, Arguments] | None:
+    def biased(_: nn.Module, args: tuple[Any, ...], *rest: Any) -> tuple[Any, Arguments] | None:
+        kwargs = _keywords(rest, 1)
         cache = given(kwargs)
         if cache is None:
             return None
@@ -81,6 +85,11 @@ def steer(cache: "SinkCache") -> list[Any]:
         attention = block.get_submodule(cache.scheme.attention)
         handles.append(attention.register_forward_pre_hook(biased, with_kwargs=True))
     return handles
+
+
+def _keywords(rest: tuple[Any, ...], count: int) -> Arguments:
+    """The keyword arguments, first of the `count` values behind the positional ones; {} where there are fewer."""
+    return rest[0] if len(rest) == count else {}
 
 
 def _told(cache: "SinkCache", args: tuple[Any, ...], kwargs: Arguments) -> Arguments:

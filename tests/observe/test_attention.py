@@ -1,5 +1,7 @@
 """Attention maps against what eager attention hands out by itself, averaged, pooled, saved."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -198,6 +200,26 @@ def test_nothing_is_left_on_the_model_whatever_happens(monkeypatch):
     ids = IDS[None, :9]
     with torch.no_grad():
         assert torch.equal(LLAMA.model(input_ids=ids).logits, tiny("LlamaForCausalLM").model(input_ids=ids).logits)
+
+
+def test_another_thread_on_the_same_model_changes_nothing():
+    expected, stop = attention_maps(LLAMA, IDS, sentences=6, length=16), threading.Event()
+
+    def others() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                LLAMA.model(input_ids=IDS[None, :7], use_cache=False)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(10):
+            got = attention_maps(LLAMA, IDS, sentences=6, length=16)
+            for field in ("maps", "share", "norms"):
+                assert torch.equal(getattr(got, field).nan_to_num(9), getattr(expected, field).nan_to_num(9)), field
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_layer_without_softmax_attention_is_named(monkeypatch):

@@ -1,6 +1,7 @@
 """The cache in use: generation, beams, several caches on one model, and a model that is what it was afterwards."""
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -211,6 +212,44 @@ def test_caches_on_one_model_do_not_disturb_one_another(name: str):
             caches[1:2], texts[1:2], got[1:2], policies[1:2] = [], [], [], []
     for policy, ids, found in zip(policies, texts, got, strict=True):
         assert error(torch.cat(found), reference(lm, ids, policy.sinks, policy.recent)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BloomForCausalLM"])
+def test_caches_come_and_go_while_another_thread_runs_the_model(name: str):
+    """torch adds a hook before it notes that the hook wants keyword arguments, and a call may come in between."""
+    lm, ids, stop, errors = model(name), text(12), threading.Event(), []
+    expected = feed(lm, SinkCache(lm, Sinks(2, 5)), ids)
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            SinkCache(lm, Sinks(1, 4)).close()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(60):
+            cache = SinkCache(lm, Sinks(2, 5))
+            errors.append(error(feed(lm, cache, ids), expected))
+            cache.close()
+    finally:
+        stop.set()
+        thread.join()
+    assert max(errors) < 1e-5
+
+
+def test_hooks_called_without_keywords_do_nothing():
+    lm, before = model("BloomForCausalLM"), set()
+    modules = list(lm.model.modules())
+    cache = SinkCache(lm, Sinks(2, 5))
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            assert hook(module, (1, 2)) is None
+            before.add(hook)
+        for hook in module._forward_hooks.values():
+            assert hook(module, (1, 2), "output") is None
+            before.add(hook)
+    assert len(before) >= 4
+    cache.close()
 
 
 def test_it_says_what_it_is():
