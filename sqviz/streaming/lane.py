@@ -65,9 +65,9 @@ class Reading(Lane):
 
     def __init__(self, lm: LM, ids: Int64[Tensor, " token"], policy: Policy, alternatives: int = 5) -> None:
         """Start at the first token. Raises `SqvizError` for a policy that the model's positions do not allow."""
-        self._lm, self._ids, self.policy, self._alternatives = lm, ids.tolist(), policy, alternatives
+        self._lm, self._ids, self.policy, self._alternatives = lm, ids, policy, alternatives
         self._reader = reader(lm, policy, None, 1)
-        self._read = self._ids[:1]
+        self._read: list[int] = ids[:1].tolist()  # grows with the stream: a text may be far longer than what is read
 
     def step(self) -> LaneStep | None:
         """See `Lane`."""
@@ -77,7 +77,7 @@ class Reading(Lane):
         logits = self._reader.read(self._read, lambda: False)
         assert logits is not None
         chances = logits.float().log_softmax(-1)
-        token, position = self._ids[len(self._read)], len(self._read)
+        token, position = int(self._ids[len(self._read)]), len(self._read)
         best = chances.topk(min(self._alternatives, len(chances)))
         texts = token_texts(self._lm.tokenizer, [token, *best.indices.tolist()])
         top = tuple(zip(texts[1:], best.values.exp().tolist(), strict=True))

@@ -75,7 +75,7 @@ function openHead(parent, tooltip, data, { palette, span, close, step }) {
 }
 
 function render({ model, el }) {
-  const root = startView(el, model.get("title"));
+  const root = startView(el, model);
   const data = readPanels(model);
   const { meta, panels } = data;
   const note = (text) => Object.assign(document.createElement("div"), { className: "sqviz-note", textContent: text });

@@ -1,7 +1,8 @@
 // draw.js: what every sqviz view draws with. Joined in front of a view's own file into one module (see view.py), so these
 // are plain functions: nothing is imported, nothing exported. Lengths are CSS pixels; colours come from the theme.
 //
-//   startView(el, title) -> root             the <div class="sqviz"> a view fills; keeps its keys from the notebook
+//   startView(el, model, title) -> root      the <div class="sqviz"> a view fills; keeps its keys from the notebook, and says
+//                                            so when the kernel has gone
 //   hasKernel(model)                         false in an exported page
 //   makeCanvas(parent, {height, label, draw}) -> {canvas, redraw(), redrawSoon(), size(), stop()}
 //        draw(context, width, height, colours) runs at most once a frame: after redraw(), a resize or a theme switch.
@@ -22,7 +23,7 @@
 //   savePicture(canvas, name)                downloads the canvas as a PNG
 //   number(value) -> "12.3"                  three significant digits, the twin of still.py `number`
 
-function startView(el, title = "") {
+function startView(el, model, title = model.get("title")) {
   const root = document.createElement("div");
   root.className = "sqviz";
   root.setAttribute("role", "group");
@@ -34,7 +35,19 @@ function startView(el, title = "") {
     if (event.defaultPrevented || letter) event.stopPropagation();
   });
   el.append(root);
+  watchKernel(model, root);
   return root;
+}
+
+// The event says that the connection has come or gone, not which; a message can only come from a kernel that is there.
+function watchKernel(model, root) {
+  let alive = true;
+  const gone = Object.assign(document.createElement("div"), { className: "sqviz-error", hidden: true });
+  gone.textContent = "The kernel that computes this view has ended or was restarted. Run the cell again.";
+  gone.setAttribute("role", "alert");
+  root.append(gone);
+  model.on("comm_live_update", () => (gone.hidden = alive = !alive));
+  model.on("msg:custom", () => (gone.hidden = alive = true));
 }
 
 const hasKernel = (model) => model.kernel !== false;

@@ -4,7 +4,7 @@ const HEATMAP_STATE = ["operand", "smoothed", "alpha", "log_colours", "clip", "p
 
 function render({ model, el }) {
   const meta = model.get("meta");
-  const root = startView(el, model.get("title"));
+  const root = startView(el, model);
   root.append(Object.assign(document.createElement("div"), { className: "sqviz-title", textContent: model.get("title") }));
   root.append(Object.assign(document.createElement("div"), { className: "sqviz-note", textContent: meta.note }));
   const tooltip = makeTooltip(root);

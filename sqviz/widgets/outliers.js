@@ -187,7 +187,7 @@ function nearestTile(tiles, { row, column }, down, right) {
 }
 
 function render({ model, el }) {
-  const root = startView(el, model.get("title"));
+  const root = startView(el, model);
   const meta = model.get("meta");
   const groups = readGroups(model);
   const note = (text) => Object.assign(document.createElement("div"), { className: "sqviz-note", textContent: text });

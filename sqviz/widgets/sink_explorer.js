@@ -31,7 +31,7 @@ function addRange(bar, text, title, { min, max, value, live }, onInput) {
 }
 
 function render({ model, el }) {
-  const root = startView(el, model.get("title"));
+  const root = startView(el, model);
   const { tokens, smooth } = model.get("about");
   const live = hasKernel(model);
   const make = (tag, className, text = "") => Object.assign(document.createElement(tag), { className, textContent: text });

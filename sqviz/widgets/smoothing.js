@@ -3,7 +3,7 @@
 
 function makePage(model, el) {
   const store = makeStore(model), live = hasKernel(model);
-  const root = startView(el, `Smoothing explorer, ${store.about.model}`);
+  const root = startView(el, model, `Smoothing explorer, ${store.about.model}`);
   root.classList.add("sm");
   const timings = makeTimings(root);
 

@@ -6,7 +6,8 @@ keeps is bounded: the latest tokens of each lane, and curves thinned to `POINTS`
 asks for the same from the kernel.
 
 Traits, both ways: sinks, recent, on (which lanes). From the kernel: about, state, problem, snapshot. Messages from the
-page: {"kind": "start" | "pause" | "reset" | "hello" | "source"}; to the page: {"kind": "steps"} and {"kind": "all"}.
+page: {"kind": "start" | "pause" | "stop" | "reset" | "hello" | "piece" | "source"}; to the page: {"kind": "steps"} and
+{"kind": "all"}.
 """
 
 import threading
@@ -22,6 +23,7 @@ from torch import Tensor
 from sqviz.corpus.segments import Text, as_tokens
 from sqviz.errors import SqvizError, TextTooShort
 from sqviz.models.lm import LM
+from sqviz.observe.pieces import token_texts
 from sqviz.streaming.lane import Lane, Reading, Writing, trained_context
 from sqviz.streaming.policies import Dense, Policy, Recompute, Window, of_size
 from sqviz.widgets.still import Still
@@ -32,14 +34,17 @@ from sqviz.widgets.worker import Pace, Turn, Worker, heard_while_busy
 
 LANES = {"dense": "Dense", "window": "Window", "sinks": "Sinks", "recompute": "Window, recomputed"}
 ALTERNATIVES = 3
+SAMPLING = {"do_sample": bool, "temperature": float, "top_p": float, "top_k": int, "seed": int}
 MOST_PASTED = 10_000_000
 """Characters of a pasted or uploaded text; the rest is left out, and the view says so."""
+SLOW_TO_TOKENIZE = 200_000
+"""Characters from which on the view says that a text is being cut into tokens."""
 
 
 class StreamExplorer(View):
-    """See `explore_stream`. `start()`, `pause()`, `reset()`, `close()`; assign `sinks`, `recent`, `on`."""
+    """See `explore_stream`. `start()`, `pause()`, `stop()`, `reset()`, `close()`; assign `sinks`, `recent`, `on`."""
 
-    _scripts = ("draw.js", "stream_lane.js", "stream_explorer.js")
+    _scripts = ("draw.js", "stream_lane.js", "stream_chart.js", "stream_source.js", "stream_explorer.js")
     _styles = ("base.css", "stream_explorer.css")
 
     about = traitlets.Dict().tag(sync=True)
@@ -56,6 +61,7 @@ class StreamExplorer(View):
         self._lm, self._ids, self._options = lm, ids, dict[str, Any]()
         self._lock = threading.RLock()
         self._lanes: dict[str, Lane] = {}
+        self._pieces: list[str] = []
         self._tracks: dict[str, Track] = {}
         self._process = psutil.Process()
         self._worker = Worker(("stream",), self._failed, "sqviz stream")
@@ -65,8 +71,7 @@ class StreamExplorer(View):
                 "model": lm.name,
                 "lanes": LANES,
                 "trained": trained_context(lm),
-                "source": source,
-                "tokens": len(ids),
+                **self._about(source, len(ids)),
             },
             on=on,
             sinks=sinks,
@@ -74,6 +79,7 @@ class StreamExplorer(View):
         )
         heard_while_busy(self)
         self.on_msg(self._message)
+        self.observe(self._more_to_do, names=["on"])
 
     @traitlets.validate("sinks")
     def _check_sinks(self, proposal: Any) -> int:
@@ -104,7 +110,9 @@ class StreamExplorer(View):
     # --- driving ---
 
     def start(self) -> None:
-        """Run, or go on."""
+        """Run, or go on; after the end, begin anew."""
+        if self.state == "ended":
+            self.reset()
         with self._lock:
             if self.state == "running":
                 return
@@ -113,21 +121,39 @@ class StreamExplorer(View):
 
     def pause(self) -> None:
         """Stop after the step under way; `start()` goes on."""
-        self._worker.cancel("stream")
-        with self._lock:
-            if self.state == "running":
-                self.state = "paused"
+        self._halt("paused")
+
+    def stop(self) -> None:
+        """End here: what is shown stays, the caches are freed; `start()` begins anew."""
+        self._halt("ended")
+        self._worker.wait(60)
+        self._free()
 
     def reset(self) -> None:
         """Stop, forget everything read, and stand at the beginning."""
+        self.stop()
+        with self._lock:
+            self._tracks = {}
+            self.state, self.problem = "ready", ""
+            self._send_all()
+
+    def _halt(self, state: str) -> None:
         self._worker.cancel("stream")
-        self._worker.wait(60)
+        with self._lock:
+            if self.state == "running" or (self.state == "paused" and state == "ended"):
+                self.state = state
+
+    def _free(self) -> None:
         with self._lock:
             for lane in self._lanes.values():
                 lane.close()
-            self._lanes, self._tracks = {}, {}
-            self.state, self.problem = "ready", ""
-            self._send_all()
+            self._lanes = {}
+
+    def _more_to_do(self, _: Any) -> None:
+        """A lane that comes in when the others are at the end of the text can still be read."""
+        with self._lock:
+            if self.state == "ended" and self._lanes and set(self.on) - set(self._tracks):
+                self.state = "paused"
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Block until nothing runs; False when that took longer."""
@@ -135,30 +161,41 @@ class StreamExplorer(View):
 
     def read(self, text: Text, *, source: str = "text") -> None:
         """Stand at the beginning of another text."""
-        ids = as_tokens(self._lm, text)
+        ids = self._tokens(text)
         if len(ids) < 2:
             raise TextTooShort(f"{len(ids)} token: one to give and one to predict are needed")
         self.reset()
         self._ids, self._options = ids, {}
-        self.about = self.about | {"source": source, "tokens": len(ids)}
+        self.about = self.about | self._about(source, len(ids))
 
     def write(self, prompt: str, **options: Any) -> None:
         """Stand at the beginning of what the model writes after a prompt; options as for `stream_generate`."""
-        ids = as_tokens(self._lm, prompt)
+        ids = self._tokens(prompt)
         if not len(ids):
             raise TextTooShort("the prompt is empty")
         self.reset()
         self._ids, self._options = ids, {"do_sample": True, "eos": ()} | options
-        self.about = self.about | {"source": "the model's own text", "tokens": None}
+        self.about = self.about | self._about("the model's own text", None)
+
+    def _tokens(self, text: Text) -> Int64[Tensor, " token"]:
+        known = self.about
+        if isinstance(text, str) and len(text) > SLOW_TO_TOKENIZE:
+            self.about = known | {"source": f"cutting {len(text):,} characters into tokens …", "tokens": None}
+        try:
+            return as_tokens(self._lm, text)
+        finally:
+            self.about = known
 
     def close(self) -> None:
         """Stop, take the hooks off the model, and the view away."""
         self._worker.close()
         self._worker.join(60)
-        for lane in self._lanes.values():
-            lane.close()
-        self._lanes = {}
+        self._free()
         super().close()
+
+    def _about(self, source: str, tokens: int | None) -> dict[str, Any]:
+        first = token_texts(self._lm.tokenizer, self._ids[:64].tolist())  # the sinks, most often
+        return {"source": source, "tokens": tokens, "first": list(first)}
 
     @property
     def tracks(self) -> dict[str, Track]:
@@ -177,14 +214,14 @@ class StreamExplorer(View):
                     with self._lock:
                         self.state = "ended"
                     return
-                self._step(lane)
-                if pace.due():
+                changed = self._step(lane)
+                if changed or pace.due():
                     self._send_steps()
         finally:
             self._send_steps()
 
     def _next_lane(self) -> str | None:
-        """The lane that is on, has more to read, and has had least time."""
+        """The lane that is on, has more to read, and has had least time; first of all one whose policy was changed."""
         with self._lock:
             for name in self.on:
                 if name not in self._lanes:
@@ -192,21 +229,25 @@ class StreamExplorer(View):
                     others = [track.spent for track in self._tracks.values() if not track.ended]
                     self._tracks[name] = Track(spent=min(others, default=0.0))
             waiting = [name for name in self.on if not self._tracks[name].ended]
-        return min(waiting, key=lambda name: self._tracks[name].spent, default=None)
+        return min(waiting, key=lambda name: (not self._outdated(name), self._tracks[name].spent), default=None)
+
+    def _outdated(self, name: str) -> bool:
+        return self._lanes[name].policy != self.policy(name)
 
     def _make(self, policy: Policy) -> Lane:
         if self._options:
             return Writing(self._lm, self._ids, policy, alternatives=ALTERNATIVES, **self._options)
         return Reading(self._lm, self._ids, policy, ALTERNATIVES)
 
-    def _step(self, name: str) -> None:
-        lane, track = self._lanes[name], self._tracks[name]
-        wanted = self.policy(name)
-        if wanted != lane.policy:
-            lane.change(wanted)
+    def _step(self, name: str) -> bool:
+        """One step of a lane; whether its policy was changed before."""
+        lane, track, changed = self._lanes[name], self._tracks[name], self._outdated(name)
+        if changed:
+            lane.change(self.policy(name))
         began = time.perf_counter()
         step = lane.step()
         track.add(step, time.perf_counter() - began)
+        return changed
 
     def _failed(self, _: str, error: Exception) -> None:
         with self._lock:
@@ -222,10 +263,12 @@ class StreamExplorer(View):
     def _message(self, _: Any, content: Any, __: Any) -> None:
         kind = content.get("kind") if isinstance(content, dict) else None
         try:
-            if kind in ("start", "pause", "reset"):
+            if kind in ("start", "pause", "stop", "reset"):
                 getattr(self, kind)()
             elif kind == "hello":
                 self._send_all()
+            elif kind == "piece":
+                self._pieces.append(str(content.get("text", "")))
             elif kind == "source":
                 self._source(content)
         except (SqvizError, TypeError, ValueError) as error:
@@ -233,19 +276,20 @@ class StreamExplorer(View):
                 self.problem = str(error)
 
     def _source(self, content: dict[str, Any]) -> None:
-        text = str(content.get("text", ""))
+        text = "".join([*self._pieces, str(content.get("text", ""))])
+        self._pieces = []
         if content.get("what") == "corpus":
             from sqviz.corpus.source import text as embedded
 
             self.read(embedded(), source="embedded text")
         elif content.get("what") == "prompt":
-            options = {name: float(content[name]) for name in ("temperature", "top_p") if name in content}
-            self.write(text, **options)
+            options = {name: kind(content[name]) for name, kind in SAMPLING.items() if content.get(name) is not None}
+            self.write(text[:MOST_PASTED], **options)
         else:
             self.read(text[:MOST_PASTED], source=str(content.get("name", "pasted text")))
-            if len(text) > MOST_PASTED:
-                with self._lock:
-                    self.problem = f"the text is longer than {MOST_PASTED:,} characters; the rest was left out"
+        if len(text) > MOST_PASTED:
+            with self._lock:
+                self.problem = f"the text is longer than {MOST_PASTED:,} characters; the rest was left out"
 
     def _machine(self) -> dict[str, float]:
         return {"resident": self._process.memory_info().rss / 1e6}

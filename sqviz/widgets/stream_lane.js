@@ -1,12 +1,13 @@
 // stream_lane.js: one lane of the live stream: numbers, text coloured by surprisal, the cache slot by slot, sparklines.
 //
-//   makeLane(parent, tooltip, {name, title, series}) -> {root, add(steps), set(about), points, clear(), stop()}
+//   makeLane(parent, tooltip, {name, title, series, first()}) -> {root, add(steps), set(about), points, clear(), stop()}
 //
-// What is kept is bounded: KEPT tokens of text, POINTS points of a curve (every other one is dropped when there are more).
+// first() are the words of the stream's first tokens. What is kept is bounded: KEPT tokens of text, POINTS_KEPT points of a
+// curve (every other one is dropped when there are more). Needs stream_chart.js.
 
-const [KEPT, POINTS_KEPT, RUNNING_MEAN, SPARKS] = [400, 1500, 64, 120];
+const [KEPT, POINTS_KEPT, RUNNING_MEAN] = [400, 1500, 64];
 
-function makeLane(parent, tooltip, { name, title, series }) {
+function makeLane(parent, tooltip, { name, title, series, first }) {
   const make = (tag, className, text = "") => Object.assign(document.createElement(tag), { className, textContent: text });
   const root = make("section", "st-lane");
   root.dataset.lane = name;
@@ -25,17 +26,29 @@ function makeLane(parent, tooltip, { name, title, series }) {
   let [about, every, count] = [{}, 1, 0];
   let points = []; // [position, running perplexity, milliseconds]
   let window_ = [];
-  const sparks = { speed: [], memory: [] };
-  const cacheView = makeCanvas(root, { label: `${title}: what the cache holds`, height: 34, draw: drawCache });
-  const sparkView = makeCanvas(root, { label: `${title}: milliseconds per token and memory of keys and values`, height: 42, draw: drawSparks });
+  let rate = []; // [milliseconds, tokens] lately
+  const slots = makeCanvas(root, { label: `${title}: what the cache holds, slot by slot; a key's position is its slot`, height: 48, draw: drawSlots });
+  const sparks = make("div", "st-sparks");
+  root.append(sparks);
+  const own = (colours) => colours.series[series - 1];
+  const speed = makeSpark(sparks, { label: "gets", unit: "tokens/s", colour: own });
+  const latency = makeSpark(sparks, { label: "a token takes", unit: "ms", colour: own });
+  const memory = makeSpark(sparks, { label: "keys, values", unit: "MB", colour: own });
 
-  function drawCache(context, width, height, colours) {
+  // The sinks that have left the window stand in the first slots, the window behind them.
+  const layOut = (width) => {
     const cache = about.cache ?? {};
-    if (cache.keys === undefined) return;
+    if (cache.keys === undefined) return null;
     const gone = cache.sinks.filter((at) => at < cache.first);
-    const slots = gone.length + cache.last - cache.first + 1;
-    const room = cache.capacity ?? slots;
-    const cell = Math.min(12, (width - 8) / Math.max(room, 1));
+    const filled = gone.length + cache.last - cache.first + 1;
+    const room = Math.max(cache.capacity ?? filled, filled, 1);
+    return { cache, gone, filled, room, cell: Math.min(12, (width - 8) / room) };
+  };
+
+  function drawSlots(context, width, height, colours) {
+    const found = layOut(width);
+    if (!found) return;
+    const { cache, gone, filled, room, cell } = found;
     context.font = `10px ${colours.font}`;
     context.textBaseline = "top";
     context.fillStyle = colours.faint;
@@ -46,50 +59,48 @@ function makeLane(parent, tooltip, { name, title, series }) {
       else context.fillRect(4 + from * cell, 2, (to - from) * cell, 10);
     };
     block(0, gone.length, colours.series[1]);
-    block(gone.length, slots, colours.series[0]);
+    block(gone.length, filled, colours.series[0]);
     context.fillStyle = colours.dim;
+    context.textAlign = "center";
+    for (const slot of linearAxis(0, room - 1).ticks((cell * room) / 70)) {
+      if (!Number.isInteger(slot)) continue;
+      const at = 4 + (slot + 0.5) * cell;
+      context.fillRect(Math.round(at), 13, 1, 3);
+      context.textAlign = slot ? "center" : "left";
+      context.fillText(String(slot), slot ? at : 2, 18);
+    }
     context.textAlign = "left";
     const evicted = Math.max(0, cache.first - gone.length);
-    const sinks = gone.length ? `sinks: tokens ${spanOf(gone)} in slots 0–${gone.length - 1} · ` : "";
-    context.fillText(fit(context, `${sinks}tokens ${cache.first}–${cache.last} in slots ${gone.length}–${slots - 1} · ${evicted} evicted`, width - 8), 4, 18);
+    const sinks = gone.length ? `sinks ${spanOf(gone)} · ` : "";
+    context.fillText(fitText(context, `${sinks}tokens ${cache.first}–${cache.last} · ${evicted.toLocaleString("en")} evicted`, width - 8), 4, 34);
   }
 
   const spanOf = (places) => (places.at(-1) - places[0] === places.length - 1 && places.length > 1 ? `${places[0]}–${places.at(-1)}` : places.slice(0, 6).join(", "));
-  const fit = (context, words, room) => {
-    if (context.measureText(words).width <= room) return words;
-    let end = words.length;
-    while (end > 1 && context.measureText(`${words.slice(0, end)}…`).width > room) end--;
-    return `${words.slice(0, end)}…`;
+  const wordOf = (place) => [...text.querySelectorAll(".st-token")].find((span) => span.token.position === place)?.token.word ?? first()[place];
+  const fateOf = (cache, place) => {
+    if (cache.sinks.includes(place)) return "an attention sink, kept for good";
+    if (cache.capacity === null) return "nothing leaves this cache";
+    const leaves = place - cache.first + 1 + cache.capacity - cache.keys;
+    return `leaves with the ${leaves === 1 ? "next token" : `${leaves}th token from now`}`;
   };
-
-  function drawSparks(context, width, height, colours) {
-    const half = (width - 20) / 2;
-    const draw = (values, x, label, unit) => {
-      context.font = `10px ${colours.font}`;
-      context.textBaseline = "top";
-      context.textAlign = "left";
-      context.fillStyle = colours.dim;
-      const last = values.at(-1);
-      context.fillText(fit(context, last === undefined ? label : `${label} ${number(last)} ${unit}`, half), x, 0);
-      if (values.length < 2) return;
-      const top = Math.max(...values) * 1.05 || 1;
-      context.strokeStyle = colours.series[series - 1];
-      context.lineWidth = 1.5;
-      context.beginPath();
-      values.forEach((value, i) => {
-        const [px, py] = [x + (i / (SPARKS - 1)) * half, height - 2 - (value / top) * (height - 18)];
-        i ? context.lineTo(px, py) : context.moveTo(px, py);
-      });
-      context.stroke();
-    };
-    draw(sparks.speed, 4, "per token", "ms");
-    draw(sparks.memory, 16 + half, "keys and values", "MB");
-  }
+  slots.canvas.addEventListener("pointermove", (event) => {
+    const found = layOut(slots.size().width);
+    const slot = found ? Math.floor((event.clientX - slots.canvas.getBoundingClientRect().left - 4) / found.cell) : -1;
+    if (!found || slot < 0 || slot >= found.room) return tooltip.hide();
+    const { cache, gone, filled } = found;
+    if (slot >= filled) return tooltip.show([`slot ${slot}: free`], event.clientX, event.clientY);
+    const place = slot < gone.length ? gone[slot] : cache.first + slot - gone.length;
+    const word = wordOf(place);
+    const lines = [`slot ${slot}: token ${place}${word === undefined ? "" : ` “${word}”`}`, fateOf(cache, place), `position ${slot} inside the cache, ${place} in the text`];
+    tooltip.show(lines, event.clientX, event.clientY);
+  });
+  slots.canvas.addEventListener("pointerleave", tooltip.hide);
 
   const addToken = ([position, word, nll, top, milliseconds]) => {
     const span = make("span", "st-token", word);
     span.style.background = `color-mix(in srgb, var(--sq-series-2) ${Math.round(Math.min(1, nll / 8) * 70)}%, transparent)`;
     span.token = { position, word, nll, top, milliseconds };
+    if (!text.hasChildNodes() && position <= first().length) text.append(make("span", "st-given", first().slice(0, position).join(""))); // not predicted
     text.append(span);
     if (word.includes("↵")) text.append(document.createElement("br"));
     window_.push(nll);
@@ -112,13 +123,19 @@ function makeLane(parent, tooltip, { name, title, series }) {
 
   const clear = () => {
     text.replaceChildren();
-    [points, window_, every, count, about] = [[], [], 1, 0, {}];
-    sparks.speed.length = sparks.memory.length = 0;
+    [points, window_, every, count, about, rate] = [[], [], 1, 0, {}, []];
+    for (const spark of [speed, latency, memory]) spark.clear();
     numbers.textContent = "";
-    for (const view of [cacheView, sparkView]) view.redraw();
+    slots.redraw();
+  };
+  const clock = (now) => {
+    rate.push([performance.now(), now.count]);
+    while (rate.length > 2 && rate.at(-1)[0] - rate[0][0] > 3000) rate.shift();
+    const [[t0, n0], [t1, n1]] = [rate[0], rate.at(-1)];
+    if (t1 - t0 > 500) speed.add((1000 * (n1 - n0)) / (t1 - t0));
   };
   return {
-    root, name, clear,
+    root, name, title, clear,
     get points() { return points; },
     get series() { return series; },
     add(steps) {
@@ -134,11 +151,11 @@ function makeLane(parent, tooltip, { name, title, series }) {
     },
     set(now) {
       about = now;
-      if (now.milliseconds !== null) sparks.speed.push(now.milliseconds);
-      if (now.cache?.megabytes !== undefined) sparks.memory.push(now.cache.megabytes);
-      for (const values of Object.values(sparks)) if (values.length > SPARKS) values.shift();
-      numbers.textContent = now.count ? `${now.count.toLocaleString("en")} tokens · perplexity ${number(now.perplexity)} (last ${RUNNING_MEAN}: ${number(now.running)}) · ${number(1000 / now.milliseconds)} tokens/s${now.ended ? " · end of the text" : ""}` : "";
-      for (const view of [cacheView, sparkView]) view.redraw();
+      clock(now);
+      if (now.milliseconds !== null) latency.add(now.milliseconds);
+      if (now.cache?.megabytes !== undefined) memory.add(now.cache.megabytes);
+      numbers.textContent = now.count ? `${now.count.toLocaleString("en")} tokens · perplexity ${number(now.perplexity)} (last ${RUNNING_MEAN}: ${number(now.running)})${now.ended ? " · end of the text" : ""}` : "";
+      slots.redraw();
     },
     restore(all) {
       clear();
@@ -150,8 +167,7 @@ function makeLane(parent, tooltip, { name, title, series }) {
       this.set(all);
     },
     stop() {
-      cacheView.stop();
-      sparkView.stop();
+      for (const view of [slots, speed, latency, memory]) view.stop();
       root.remove();
     },
   };

@@ -191,7 +191,7 @@ const scaled = ({ x, y, z }, factor) => ({ x: x * factor, y: y * factor, z: z * 
 
 async function render({ model, el }) {
   const title = model.get("title");
-  const root = startView(el, title);
+  const root = startView(el, model);
   const tooltip = makeTooltip(root);
   const bar = Object.assign(document.createElement("div"), { className: "sqviz-bar" });
   root.append(bar);

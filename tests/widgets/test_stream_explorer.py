@@ -1,14 +1,18 @@
 """The live stream without a page: lanes get on, stop, change and start anew; what is shown is what they computed."""
 
+import dataclasses
 import math
 import time
 
 import pytest
+import tokenizers
 import torch
 import traitlets
 
 from sqviz.errors import SqvizError, TextTooShort
 from sqviz.models.tiny import tiny
+from sqviz.observe.pieces import token_texts
+from sqviz.streaming.generate import stream_generate
 from sqviz.streaming.lane import LaneStep
 from sqviz.streaming.perplexity import streaming_perplexity
 from sqviz.streaming.policies import Dense, Recompute, Sinks, Window
@@ -84,6 +88,67 @@ def test_pause_start_and_reset(view, monkeypatch):
     view.reset()
     assert (view.state, view.tracks) == ("ready", {})
     assert heard.messages[-1] == {"kind": "all", "lanes": {}, "machine": heard.messages[-1]["machine"]}
+
+
+def test_stop_frees_the_caches_and_start_begins_anew(view, monkeypatch):
+    heard, before = Heard(view, monkeypatch), hooks()
+    view.start()
+    until(lambda: "sinks" in view.tracks and view.tracks["sinks"].count > 5)
+    view.stop()
+    assert (view.state, view._lanes, hooks()) == ("ended", {}, before)
+    count = view.tracks["sinks"].count
+    assert count > 5  # what was read is still there to be looked at
+    view.on = ["sinks"]
+    assert view.state == "ended"
+    heard.messages.clear()
+    view.start()
+    assert view.wait(60)
+    assert [step[0] for step in heard.steps("sinks")] == list(range(1, 120))
+    view.stop()
+    view.stop()
+    assert (view.state, hooks()) == ("ended", before)
+
+
+def test_stop_before_the_start_is_nothing(view):
+    view.stop()
+    view.pause()
+    assert view.state == "ready"
+
+
+def test_a_lane_that_comes_in_when_the_others_are_at_the_end(view, monkeypatch):
+    heard = Heard(view, monkeypatch)
+    view.on = ["sinks"]
+    view.start()
+    assert view.wait(60)
+    assert view.state == "ended"
+    view.on = ["sinks", "window"]
+    assert view.state == "paused"
+    view.start()
+    assert view.wait(60)
+    assert view.state == "ended"
+    assert [len(heard.steps(name)) for name in ("sinks", "window")] == [119, 119]
+
+
+def test_a_moved_slider_is_answered_by_the_very_next_step(view, monkeypatch):
+    """The lane that it concerns goes first, and what it did is sent at once, whatever the pace."""
+    heard, order = Heard(view, monkeypatch), []
+    monkeypatch.setattr(module.Pace, "due", lambda self: False)
+    real = module.StreamExplorer._step
+
+    def step(self, name):
+        order.append(name)
+        if len(order) == 40:
+            self.sinks = 3
+        return real(self, name)
+
+    monkeypatch.setattr(module.StreamExplorer, "_step", step)
+    view.on = ["dense", "window", "sinks"]
+    view.start()
+    assert view.wait(60)
+    assert {order[39], *order[40:42]} >= {"window", "sinks"}
+    sent = [m for m in heard.messages if m["kind"] == "steps"]
+    assert len(sent) == 3  # one for each of the two lanes, and the end
+    assert len(sent[1]["lanes"]["sinks"]["cache"]["sinks"]) == 3
 
 
 def test_sliders_act_while_it_runs(view, monkeypatch):
@@ -163,6 +228,60 @@ def test_messages_of_the_page(view, monkeypatch):
     view._message(None, "nonsense", None)
     view._message(None, {"kind": "reset"}, None)
     assert view.state == "ready"
+
+
+def speaking():
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(97 + i): i for i in range(26)} | {" ": 26, "?": 27}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    return dataclasses.replace(LM, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+def test_a_long_paste_comes_in_pieces_and_its_end_is_left_out(monkeypatch):
+    monkeypatch.setattr(module, "MOST_PASTED", 1000)
+    monkeypatch.setattr(module, "SLOW_TO_TOKENIZE", 500)
+    view = explore_stream(speaking(), "start here", lanes=["sinks"], recent=9)
+    Heard(view, monkeypatch)
+    sources = []
+    view.observe(lambda change: sources.append(change["new"]["source"]), names=["about"])
+    for _ in range(3):
+        view._message(None, {"kind": "piece", "text": "abcd" * 100}, None)
+    view._message(None, {"kind": "source", "what": "text", "text": "xyz"}, None)
+    assert view.about["tokens"] == 1000
+    assert sources[0] == "cutting 1,000 characters into tokens …"
+    assert view.about["source"] == "pasted text"
+    assert "longer than 1,000 characters" in view.problem
+    view._message(None, {"kind": "source", "what": "text", "text": "abc"}, None)
+    assert view.about["tokens"] == 3  # the pieces belonged to the text before
+    view._message(None, {"kind": "source", "what": "text", "text": "a"}, None)
+    assert "1 token: one to give and one to predict are needed" in view.problem
+    assert view.about["tokens"] == 3
+    view.close()
+
+
+def test_sampling_as_the_page_chooses_it(monkeypatch):
+    """Greedy and drawn texts are those of stream_generate; nonsense is refused and leaves the text as it was."""
+    lm = speaking()
+    view = explore_stream(lm, "start here", lanes=["sinks"], sinks=2, recent=9)
+    heard = Heard(view, monkeypatch)
+    for choice in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 3}):
+        view._message(None, {"kind": "source", "what": "prompt", "text": "abc", **choice}, None)
+        heard.messages.clear()
+        view.start()
+        until(lambda: len(heard.steps("sinks")) > 20)
+        view.pause()
+        assert view.wait(30)
+        stream = stream_generate(lm, "abc", Sinks(2, 9), eos=(), **choice)
+        got = heard.steps("sinks")
+        expected = [next(stream) for _ in got]
+        assert [step[1] for step in got] == list(token_texts(lm.tokenizer, [step.token for step in expected]))
+        assert [step[2] for step in got] == pytest.approx([step.nll for step in expected], abs=2e-4)
+        stream.close()
+    view._message(None, {"kind": "source", "what": "prompt", "text": "abc", "top_p": "most"}, None)
+    assert "most" in view.problem
+    view.close()
 
 
 def test_another_text_and_the_models_own(view, monkeypatch):
