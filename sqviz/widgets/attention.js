@@ -1,6 +1,6 @@
 // attention.js: AttentionView. Heads on one canvas (attention_panels.js), one of them large, the profile below.
 
-function openHead(parent, tooltip, data, { palette, span, close, step }) {
+function openHead(parent, tooltip, data, { palette, span, setSpan, close, step }) {
   const { meta } = data;
   const bar = Object.assign(document.createElement("div"), { className: "sqviz-bar" });
   parent.append(bar);
@@ -36,17 +36,28 @@ function openHead(parent, tooltip, data, { palette, span, close, step }) {
   });
   const { canvas } = surface;
   canvas.box = () => box; // for tests
-  canvas.addEventListener("pointermove", (event) => {
-    if (!map || !box) return;
+  const under = (event) => {
+    if (!map || !box) return null;
     const frame = canvas.getBoundingClientRect();
     const [x, y] = [(event.clientX - frame.left - box.x) / box.width, (event.clientY - frame.top - box.y) / box.height];
-    if (x < 0 || y < 0 || x >= 1 || y >= 1) return tooltip.hide();
+    if (x < 0 || y < 0 || x >= 1 || y >= 1) return null;
     const own = ownMeta();
     const view = cellsOf(span(), own);
     const [row, column] = [y, x].map((at) => view.from + Math.floor(at * (view.to - view.from)));
+    return { own, row, column };
+  };
+  canvas.addEventListener("pointermove", (event) => {
+    const found = under(event);
+    if (!found) return tooltip.hide();
+    const { own, row, column } = found;
     tooltip.show(describePair(panel, row, column, map.cells[row * map.rows + column], { ...data, meta: own }), event.clientX, event.clientY);
   });
   canvas.addEventListener("pointerleave", tooltip.hide);
+  const tokenAt = (event) => {
+    const found = under(event);
+    return found && tokensOf(found.column, found.own)[0];
+  };
+  zoomByHand(canvas, { tokenAt, span, setSpan, length: meta.length });
   canvas.addEventListener("keydown", (event) => {
     const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
     if (event.key === "Escape") close();
@@ -96,7 +107,7 @@ function render({ model, el }) {
   root.append(overview, large);
   const open = (panel) => set("opened", [panel.layer, panel.head]);
   const tiles = makePanels(overview, tooltip, data, {
-    sort: () => model.get("sort"), span: () => model.get("span"), palette: () => model.get("palette"), open,
+    sort: () => model.get("sort"), span: () => model.get("span"), setSpan: (span) => set("span", span), palette: () => model.get("palette"), open,
   });
   const legend = makeCanvas(overview, {
     label: "Colour scale", height: 40,
@@ -106,13 +117,13 @@ function render({ model, el }) {
       drawColourBar(context, { x: 170, y: 8, width: wide, height: 9 }, scaleAxis(meta.scale), lutOf(model.get("palette")), meta.logits ? "logit q·k, before softmax" : "probability", colours, { below, above });
     },
   });
-  overview.append(note("Rows: queries, columns: keys, one scale for all heads. Click or Enter opens a head; arrow keys move. Drag below to pick a span of tokens."));
+  overview.append(note("Rows: queries, columns: keys, one scale for all heads. Click or Enter opens a head; arrow keys move. Zoom all of them: wheel (with Ctrl, or after a click), + and −, 0 for all tokens, or drag below to pick a span."));
   const profile = makeProfile(root, tooltip, data, {
     span: () => model.get("span"), setSpan: (span) => set("span", span), palette: () => model.get("palette"),
   });
   const head = openHead(large, tooltip, data, {
     palette: () => model.get("palette"),
-    span: () => model.get("span"),
+    span: () => model.get("span"), setSpan: (span) => set("span", span),
     close: () => set("opened", []),
     step(down, right) {
       const [layer, at] = model.get("opened");

@@ -33,7 +33,7 @@ class AttentionView(View):
     `span` the first and last token that are shown or empty, `palette` "viridis" or "cividis".
     """
 
-    _scripts = ("draw.js", "attention_panels.js", "attention_profile.js", "attention.js")
+    _scripts = ("draw.js", "attention_zoom.js", "attention_panels.js", "attention_profile.js", "attention.js")
     _styles = ("base.css",)
 
     meta = traitlets.Dict().tag(sync=True)

@@ -4,7 +4,7 @@
 //   valueOf(code, scale)                          the value a code stands for
 //   lutWithBlank(palette, colours) -> Uint32Array(256)
 //   paintCells(raster, cells, rows, view, pixels, lut)     the part `view` of a map, pooled by maxima to `pixels` at most
-//   makePanels(parent, tooltip, data, {sort, span, palette, open}) -> {canvas, redraw, stop, choose(panel)}
+//   makePanels(parent, tooltip, data, {sort, span, setSpan, palette, open}) -> {canvas, redraw, stop, choose(panel)}
 
 const [PANEL_GAP, LAYER_LABEL, PANEL_TALL] = [3, 22, 900];
 
@@ -131,7 +131,7 @@ function describePair(panel, row, column, code, { meta, tokens }) {
   ];
 }
 
-function makePanels(parent, tooltip, data, { sort, span, palette, open }) {
+function makePanels(parent, tooltip, data, { sort, span, setSpan, palette, open }) {
   const { meta, panels } = data;
   let [layout, chosen] = [null, null];
   const raster = makeRaster();
@@ -211,5 +211,10 @@ function makePanels(parent, tooltip, data, { sort, span, palette, open }) {
     } else return;
     event.preventDefault();
   });
+  const tokenAt = (event) => {
+    const found = under(event);
+    return found && tokensOf(found.column, meta)[0];
+  };
+  zoomByHand(canvas, { tokenAt, span, setSpan, length: meta.length });
   return { ...surface, choose, order: () => layOutPanels(data, sort(), surface.size().width || 900).tiles.map((tile) => tile.panel) };
 }

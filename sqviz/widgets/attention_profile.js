@@ -157,9 +157,10 @@ function makeProfile(parent, tooltip, data, { span, setSpan, palette }) {
   canvas.addEventListener("pointerleave", () => !drag && tooltip.hide());
   canvas.addEventListener("dblclick", () => setSpan([]));
   canvas.addEventListener("keydown", (event) => {
-    if (event.key !== "0" && event.key !== "Escape") return;
+    if (event.key !== "Escape") return;
     setSpan([]);
     event.preventDefault();
   });
+  zoomByHand(canvas, { tokenAt: (event) => under(event)?.token ?? null, span, setSpan, length });
   return surface;
 }

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers of the tests lie beside them
 from view_drive import pixels, settle, tip
@@ -14,6 +16,7 @@ from view_drive import pixels, settle, tip
 from sqviz.models.tiny import tiny
 from sqviz.observe.attention import attention_maps, head_scores
 from sqviz.widgets.still import number
+from sqviz.widgets.view import read_files
 
 pytestmark = pytest.mark.browser
 
@@ -92,6 +95,71 @@ def test_sorting_opening_and_keys(maps, view_page, screenshots):
     settle(page)
     assert canvas.is_visible()
     assert page.evaluate("document.activeElement === document.querySelector('.sqviz canvas')")
+
+
+def test_zooming_one_head_zooms_all_and_the_profile(maps, view_page):
+    """The token under the pointer stays there; without focus or Ctrl the wheel belongs to the page."""
+    page = view_page(maps.heatmap(), width=1000, height=1200)
+    canvas, profile = page.locator(".sqviz canvas").first, page.locator(".sqviz canvas").last
+    view = lambda: canvas.evaluate("c => c.panels().view")  # noqa: E731
+    hover(page, 1, 2, 15, 12)
+    page.mouse.wheel(0, -200)
+    settle(page)
+    assert view() == {"from": 0, "to": 20}
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -200)
+    page.keyboard.up("Control")
+    settle(page)
+    assert view() == {"from": 6, "to": 16}  # 30 of 60 tokens, 36 … 38 where they were: 18 … 47
+    assert f"key 36–38: “{WORDS[0]}”" in hover(page, 0, 5, 13, 12)[2]
+    strip, frame = profile.evaluate("c => c.strips()[0]"), profile.bounding_box()
+    page.mouse.move(frame["x"] + strip["x"] + 1, frame["y"] + strip["y"] + 2)
+    settle(page)
+    assert tip(page).startswith("layer 0 · 18: ")
+    canvas.focus()
+    page.keyboard.press("+")
+    settle(page)
+    assert view() == {"from": 8, "to": 14}  # tokens 25 … 39
+    page.keyboard.press("-")
+    page.keyboard.press("-")
+    settle(page)
+    assert view() == {"from": 0, "to": 20}
+    page.keyboard.press("+")
+    page.keyboard.press("0")
+    settle(page)
+    assert view() == {"from": 0, "to": 20}
+
+
+@given(
+    length=st.integers(1, 3000),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    at=st.floats(0, 1),
+    factors=st.lists(st.sampled_from([0.5, 0.9, 0.999, 1.1, 2.0]), min_size=1, max_size=8),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_zoomed_span_stays_inside_and_keeps_the_token(zoomed, length, ends, at, factors):
+    span = sorted(int(end * (length - 1)) for end in ends)
+    span = span if span[1] > span[0] else []
+    for factor in factors:
+        old = span or [0, length - 1]
+        token = old[0] + round(at * (old[1] - old[0]))
+        span = zoomed(span, token, factor, length)
+        if not span:
+            assert factor > 1 or length <= 2
+            continue
+        assert 0 <= span[0] < span[1] < length
+        size, before = span[1] - span[0] + 1, old[1] - old[0] + 1
+        assert size > before if factor > 1 else size < before or before == 2
+        if factor < 1:
+            assert span[0] <= token <= span[1]
+
+
+@pytest.fixture
+def zoomed(chromium):
+    page = chromium.new_page()
+    page.add_script_tag(content=read_files(("attention_zoom.js",)))
+    yield lambda *given: page.evaluate("given => zoomedSpan(...given)", list(given))
+    page.close()
 
 
 def test_dragging_over_the_profile_filters_all_heads(maps, view_page):
