@@ -1,10 +1,12 @@
 import dataclasses
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 import synthetic
 import torch
+from PIL import Image
 
 from sqviz.errors import NoSuchLayer
 from sqviz.observe.magnitudes import Magnitudes
@@ -107,7 +109,7 @@ def test_values_too_large_for_float16_are_drawn_at_the_peak() -> None:
 
 
 def colours_at(view: HeatmapView, x: float, y: float) -> tuple[int, ...]:
-    return tuple(int(v) for v in np.asarray(view.still()._image)[int(2 * y), int(2 * x)])
+    return tuple(int(v) for v in np.asarray(Image.open(io.BytesIO(view.to_png())))[int(2 * y), int(2 * x)])
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 """The sink explorer without a page: what is chosen is what is scored, and the latest choice wins."""
 
 import base64
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import traitlets
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "streaming"))  # its slow second implementation
+from reference import reference
 
 import sqviz.widgets.sink_explorer as module
 from sqviz.errors import SqvizError, TextTooShort
@@ -55,6 +60,19 @@ def test_scores_follow_the_choice(explorer):
     check(explorer, Window(14))
     explorer.chosen = [1, 0]
     check(explorer, Sinks(2, 14))
+
+
+@pytest.mark.parametrize("chosen", [[], [0], [1, 3], [0, 1, 2, 4, 40]])
+def test_a_token_made_a_sink_or_taken_away_is_seen_or_masked(explorer, chosen):
+    """Against a model run without any cache, in which each token sees exactly what is kept, masked the slow way."""
+    explorer.chosen = chosen
+    assert explorer.wait(60)
+    slow = reference(LM, IDS, len(chosen), explorer.recent, chosen).log_softmax(-1)
+    expected = -slow[:-1].gather(1, IDS[1:, None])[:, 0]
+    assert torch.allclose(nll(explorer, "sinks"), expected, atol=1e-4)
+    if chosen:
+        without = -reference(LM, IDS, 0, explorer.recent).log_softmax(-1)[:-1].gather(1, IDS[1:, None])[:, 0]
+        assert (expected - without).abs().max() > 1e-3
 
 
 def test_a_hundred_moves_cost_few_runs_and_the_latest_wins(explorer, monkeypatch):
