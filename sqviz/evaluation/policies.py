@@ -6,11 +6,9 @@ compare_policies(lm, text, cache_sizes((64, 128, 256)))   Table 4.6: sinks with 
 with_line_breaks(lm, tokens, 4)                           Table 4.1: what if the first tokens mean nothing?
 """
 
-import base64
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from sqviz.corpus.segments import Text, as_tokens
 from sqviz.errors import Cancelled, SqvizError, TooLarge
+from sqviz.evaluation.shown import Shown
 from sqviz.models.lm import LM
 from sqviz.progress import CancelToken, in_notebook
 from sqviz.streaming.feed import BLOCK
@@ -27,6 +26,8 @@ from sqviz.streaming.policies import Dense, Policy, Recompute, Window, of_size
 if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects
+
+    from sqviz.widgets.still import Still
 
 OnBlock = Callable[[str, int, Float[Tensor, " predicted"]], None]
 
@@ -68,7 +69,7 @@ def with_line_breaks(lm: LM, tokens: Int64[Tensor, " token"], count: int = 4) ->
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PolicyComparison:
+class PolicyComparison(Shown):
     """One text under several policies.
 
     Attributes:
@@ -110,24 +111,12 @@ class PolicyComparison:
         shown = {label: window or max(16, len(result.nll) // 10) for label, result in self.results.items()}
         return {label: result.within(shown[label]) for label, result in self.results.items()}
 
-    def to_png(self) -> bytes:
-        """The same picture, drawn without a browser. Needs Pillow."""
+    def still(self) -> "Still":
+        """The picture of `figure`, drawn without a browser."""
         from sqviz.widgets.streams_still import draw_still
 
         curves = {label: values.numpy() for label, values in self.curves().items()}
-        return draw_still(curves, f"Perplexity of a stream · {self.model}", "of the last tenth of the text").png()
-
-    def to_html(self, path: str | Path) -> Path:
-        """A page with the figure: self-contained, no network."""
-        Path(path).write_text(self.figure().to_html(include_plotlyjs=True), encoding="utf-8")
-        return Path(path)
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        from plotly.io import renderers
-
-        bundle = dict(renderers["plotly_mimetype"].to_mimebundle(self.figure().to_dict()))
-        bundle["image/png"] = base64.b64encode(self.to_png()).decode("ascii")
-        return bundle | {"text/plain": repr(self)}
+        return draw_still(curves, f"Perplexity of a stream · {self.model}", "of the last tenth of the text")
 
     def __repr__(self) -> str:
         return "\n".join([*(f"{label}: {result!r}" for label, result in self.results.items()), *self.refused.values()])

@@ -8,8 +8,7 @@ Three experiments of the thesis on the user's model and text: where attention go
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -18,6 +17,7 @@ from torch import Tensor
 from sqviz.corpus.segments import Text, as_tokens
 from sqviz.errors import SqvizError, TextTooShort
 from sqviz.evaluation.policies import PolicyComparison, compare_policies, sink_counts, with_line_breaks
+from sqviz.evaluation.shown import Shown
 from sqviz.models.lm import LM
 from sqviz.observe.attention import AttentionMaps, attention_maps
 from sqviz.progress import CancelToken
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects
 
+    from sqviz.widgets.still import Still
+
 LOOKED_AT = 512
 """Tokens whose attention is looked at."""
 SHARE = 0.1
@@ -37,7 +39,7 @@ ENOUGH = 1.02
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SinkReport:
+class SinkReport(Shown):
     """What `sinks` found.
 
     Attributes:
@@ -105,21 +107,9 @@ class SinkReport:
             said.append(f"with line breaks as first tokens {self.breaks.perplexity:.4g}, so it is {kind}")
         return "; ".join(said)
 
-    def to_png(self) -> bytes:
-        """The picture of `figure`, drawn without a browser. Needs Pillow."""
-        return self.counts.to_png()
-
-    def to_html(self, path: str | Path) -> Path:
-        """A page with the figure: self-contained, no network."""
-        Path(path).write_text(self.figure().to_html(include_plotlyjs=True), encoding="utf-8")
-        return Path(path)
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        from plotly.io import renderers
-
-        bundle = dict(renderers["plotly_mimetype"].to_mimebundle(self.figure().to_dict()))
-        still = self.counts._repr_mimebundle_()
-        return bundle | {"image/png": still["image/png"], "text/plain": repr(self)}
+    def still(self) -> "Still":
+        """The picture of `figure`, drawn without a browser."""
+        return self.counts.still()
 
     def __repr__(self) -> str:
         return f"{self.verdict}\n{self.to_frame().round(1).to_string()}"

@@ -7,13 +7,11 @@ re-computation") and against a plain decode step with transformers' own cache of
 taken in turns, so that a busy machine is busy for all of them; memory is that of each policy by itself.
 """
 
-import base64
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from sqviz.corpus.segments import as_tokens
 from sqviz.errors import SqvizError, TextTooShort
+from sqviz.evaluation.shown import Shown
 from sqviz.memory import peak_memory
 from sqviz.models.lm import LM
 from sqviz.progress import CancelToken
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects
 
     from sqviz.plots.streams import Panels
+    from sqviz.widgets.still import Still
 
 Step = Callable[[int], Any]
 SIZES = (256, 512, 1024, 2048, 4096)
@@ -63,7 +63,7 @@ class CostRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamCost:
+class StreamCost(Shown):
     """All rows, and the model and device that they belong to."""
 
     rows: tuple[CostRow, ...]
@@ -94,23 +94,11 @@ class StreamCost:
 
         return cost_curves(self.panels, self._title, _X)
 
-    def to_png(self) -> bytes:
-        """The same picture, drawn without a browser. Needs Pillow."""
+    def still(self) -> "Still":
+        """The picture of `figure`, drawn without a browser."""
         from sqviz.widgets.streams_still import cost_still
 
-        return cost_still(self.panels, self._title, "medians; both axes logarithmic", _X).png()
-
-    def to_html(self, path: str | Path) -> Path:
-        """A page with the figure: self-contained, no network."""
-        Path(path).write_text(self.figure().to_html(include_plotlyjs=True), encoding="utf-8")
-        return Path(path)
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        from plotly.io import renderers
-
-        bundle = dict(renderers["plotly_mimetype"].to_mimebundle(self.figure().to_dict()))
-        bundle["image/png"] = base64.b64encode(self.to_png()).decode("ascii")
-        return bundle | {"text/plain": repr(self)}
+        return cost_still(self.panels, self._title, "medians; both axes logarithmic", _X)
 
     def __repr__(self) -> str:
         return f"{self._title}\n{self.to_frame().round(2).to_string()}"

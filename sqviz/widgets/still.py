@@ -1,27 +1,25 @@
-"""`Still`: a small drawing surface for the pictures that stand in for a widget where none can run. Pillow, no browser.
+"""`Still`: a small drawing surface for the pictures that stand in for a widget where none can run. No browser.
 
-Coordinates are in points of the finished picture, origin top left; it is drawn at twice that resolution. A plot area
-is a `Box`; `axes` frames it and returns the functions that map data to points.
+Coordinates are in points of the finished picture, origin top left. What is drawn is recorded (still_marks.py), then
+written as a PNG of twice that resolution (still_png.py) or as an SVG (still_svg.py). A plot area is a `Box`; `axes`
+frames it and returns the functions that map data to points.
 """
 
 import dataclasses
 import importlib.util
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-SCALE = 2  # pixels per point
+from sqviz.widgets.still_marks import SCALE, Anchor, Box, Line, Mark, Pixels, Polygon, Rectangle, Text, TextUpwards
+from sqviz.widgets.still_svg import svg
+
 INK, DIM, FAINT, PAPER = "#1b1b1b", "#5a5a5a", "#d5d5d5", "#ffffff"
 # Okabe and Ito's colours, told apart by the colour-blind.
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-_ASCII = str.maketrans(
-    {"α": "alpha", "×": "x", "−": "-", "·": ".", "→": "->", "≤": "<=", "≥": ">=", "÷": "/", "≈": "~"}
-)
 
 # Ten anchors of each map, as in plotly.colors.sequential and in draw.js; interpolated to 256.
 MAPS = {
@@ -31,7 +29,7 @@ MAPS = {
 
 
 def have_pillow() -> bool:
-    """Whether stills can be drawn here."""
+    """Whether stills can be written as PNG here."""
     return importlib.util.find_spec("PIL") is not None
 
 
@@ -47,30 +45,6 @@ def colour_map(name: str = "viridis") -> UInt8[np.ndarray, "256 3"]:
 def rgb(colour: str) -> tuple[int, int, int]:
     """A colour such as "#0072b2" as three numbers."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
-
-
-@cache
-def _font(size: float) -> tuple[Any, bool]:
-    """A font of that size in points, and whether it has Greek and mathematical signs."""
-    from PIL import ImageFont
-
-    candidates = ["DejaVuSans.ttf", "LiberationSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf", "segoeui.ttf"]
-    for name in candidates:
-        try:
-            return ImageFont.truetype(name, size * SCALE), True
-        except OSError:
-            continue
-    return ImageFont.load_default(size * SCALE), False
-
-
-@dataclasses.dataclass(frozen=True)
-class Box:
-    """A plot area, in points."""
-
-    x: float
-    y: float
-    width: float
-    height: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,59 +93,44 @@ def number(value: float) -> str:
 
 
 class Still:
-    """A picture under construction, `width` × `height` points."""
+    """A picture under construction, `width` × `height` points; `marks` is what has been drawn so far."""
 
     def __init__(self, width: int, height: int, title: str = "", subtitle: str = "") -> None:
-        if not have_pillow():
-            raise ImportError("drawing a PNG needs Pillow: `pip install pillow`; to_html() works without it")
-        from PIL import Image, ImageDraw
-
-        self.width, self.height = width, height
-        self._image = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
-        self._draw = ImageDraw.Draw(self._image)
+        self.width, self.height, self.title = width, height, title
+        self.marks: list[Mark] = []
+        self.rectangle(Box(0, 0, width, height), fill=PAPER)
         self.text(12, 8, title, size=14)
         self.text(12, 28, subtitle, size=11, colour=DIM)
 
-    def text(self, x: float, y: float, text: str, *, size: float = 11, colour: str = INK, anchor: str = "la") -> None:
+    def text(
+        self, x: float, y: float, text: str, *, size: float = 11, colour: str = INK, anchor: Anchor = "la"
+    ) -> None:
         """Text at a point; `anchor` as in Pillow: l, m, r then a (top), m, s (baseline)."""
-        font, complete = _font(size)
-        shown = text if complete else text.translate(_ASCII).encode("ascii", "replace").decode()
-        self._draw.text((x * SCALE, y * SCALE), shown, font=font, fill=colour, anchor=anchor)
+        if text:
+            self.marks.append(Text(x, y, text, size, colour, anchor))
 
     def text_upwards(self, x: float, y: float, text: str, *, size: float = 11, colour: str = DIM) -> None:
         """Text running upwards, centred on a point: the label of a vertical axis."""
-        from PIL import Image, ImageDraw
-
-        font, complete = _font(size)
-        shown = text if complete else text.translate(_ASCII).encode("ascii", "replace").decode()
-        left, top, right, bottom = font.getbbox(shown)
-        patch = Image.new("L", (int(right - left) + 4, int(bottom - top) + 4), 0)
-        ImageDraw.Draw(patch).text((2 - left, 2 - top), shown, font=font, fill=255)
-        patch = patch.rotate(90, expand=True)
-        corner = (int(x * SCALE - patch.width / 2), int(y * SCALE - patch.height / 2))
-        self._image.paste(colour, (*corner, corner[0] + patch.width, corner[1] + patch.height), patch)
+        if text:
+            self.marks.append(TextUpwards(x, y, text, size, colour))
 
     def line(self, points: Iterable[tuple[float, float]], *, colour: str = INK, width: float = 1.0) -> None:
         """A broken line through points."""
-        scaled = [(x * SCALE, y * SCALE) for x, y in points]
-        self._draw.line(scaled, fill=colour, width=max(1, round(width * SCALE)), joint="curve")
+        self.marks.append(Line(tuple(points), colour, width))
 
     def rectangle(self, box: Box, *, fill: str | None = None, outline: str | None = None) -> None:
         """A rectangle, filled or outlined."""
-        corners = (box.x * SCALE, box.y * SCALE, (box.x + box.width) * SCALE, (box.y + box.height) * SCALE)
-        self._draw.rectangle(corners, fill=fill, outline=outline)
+        self.marks.append(Rectangle(box, fill, outline))
 
     def polygon(self, points: Sequence[tuple[float, float]], *, fill: str, outline: str | None = None) -> None:
         """A filled polygon."""
-        self._draw.polygon([(x * SCALE, y * SCALE) for x, y in points], fill=fill, outline=outline)
+        self.marks.append(Polygon(tuple(points), fill, outline))
 
     def pixels(self, box: Box, colours: UInt8[np.ndarray, "row column 3"]) -> None:
         """A raster of colours stretched over a box, row 0 on top. Cells keep hard edges."""
-        from PIL import Image
-
-        size = (max(1, round(box.width * SCALE)), max(1, round(box.height * SCALE)))
-        raster = Image.fromarray(np.ascontiguousarray(colours)).resize(size, Image.Resampling.NEAREST)
-        self._image.paste(raster, (round(box.x * SCALE), round(box.y * SCALE)))
+        x, y = round(box.x * SCALE) / SCALE, round(box.y * SCALE) / SCALE
+        width, height = (max(1, round(side * SCALE)) / SCALE for side in (box.width, box.height))
+        self.marks.append(Pixels(Box(x, y, width, height), np.array(colours)))
 
     def axes(
         self, box: Box, x: Axis, y: Axis, *, flip: bool = False, grid: bool = True
@@ -202,7 +161,19 @@ class Still:
         self.text(box.x + box.width, box.y - 16, axis.label, size=10, colour=DIM, anchor="ma")
 
     def png(self) -> bytes:
-        """The finished picture."""
-        buffer = io.BytesIO()
-        self._image.save(buffer, format="PNG", optimize=False, dpi=(96 * SCALE, 96 * SCALE))
-        return buffer.getvalue()
+        """The picture as a PNG, two pixels per point.
+
+        Raises:
+            ImportError: without Pillow, saying how to get it.
+        """
+        if not have_pillow():
+            raise ImportError(
+                "drawing a PNG needs Pillow: `pip install pillow`; to_html() and to_svg() work without it"
+            )
+        from sqviz.widgets.still_png import png
+
+        return png(self.width, self.height, self.marks)
+
+    def svg(self) -> str:
+        """The picture as a self-contained SVG, one unit per point."""
+        return svg(self.width, self.height, self.marks, self.title)

@@ -81,7 +81,7 @@ function makeLane(parent, tooltip, { name, title, series, first }) {
     if (cache.sinks.includes(place)) return "an attention sink, kept for good";
     if (cache.capacity === null) return "nothing leaves this cache";
     const leaves = place - cache.first + 1 + cache.capacity - cache.keys;
-    return `leaves with the ${leaves === 1 ? "next token" : `${leaves}th token from now`}`;
+    return leaves === 1 ? "leaves with the next token" : `leaves when ${leaves} more tokens have come`;
   };
   slots.canvas.addEventListener("pointermove", (event) => {
     const found = layOut(slots.size().width);
@@ -94,6 +94,7 @@ function makeLane(parent, tooltip, { name, title, series, first }) {
     const lines = [`slot ${slot}: token ${place}${word === undefined ? "" : ` “${word}”`}`, fateOf(cache, place), `position ${slot} inside the cache, ${place} in the text`];
     tooltip.show(lines, event.clientX, event.clientY);
   });
+  slots.canvas.cache = () => about.cache; // for tests and benchmarks
   slots.canvas.addEventListener("pointerleave", tooltip.hide);
 
   const addToken = ([position, word, nll, top, milliseconds]) => {

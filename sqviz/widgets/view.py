@@ -1,4 +1,4 @@
-"""`View`: the base of every sqviz widget. One self-contained script, arrays as bytes, and three ways to be seen.
+"""`View`: the base of every sqviz widget. One self-contained script, arrays as bytes, and four ways to be seen.
 
 * live: an anywidget in JupyterLab, Notebook 7, VS Code, Colab;
 * `to_html()`: a page that opens from disk with no kernel and no network, running the very same script;
@@ -6,6 +6,7 @@
   nbviewer, nbconvert and an untrusted JupyterLab, which have no widget to show, show the picture. (A trusted JupyterLab
   that has lost the kernel lets ipywidgets speak first, "model not found"; with its setting *Save Widget State
   Automatically* the view itself comes back, working.)
+* `to_svg()`: the same still as lines and text, for papers and slides.
 
 A subclass names its files, which lie beside this one and are joined in the order given:
 
@@ -29,6 +30,7 @@ import numpy as np
 import traitlets
 from jaxtyping import Float, UInt8
 
+from sqviz.widgets.saved import saved
 from sqviz.widgets.still import Still, have_pillow
 
 FOLDER = Path(__file__).parent
@@ -40,7 +42,7 @@ def read_files(names: tuple[str, ...]) -> str:
 
 
 class View(anywidget.AnyWidget):
-    """An interactive picture in a notebook, which can be saved as a page (`to_html`) or a picture (`to_png`)."""
+    """An interactive picture in a notebook; saved as a page (`to_html`) or as a picture (`to_png`, `to_svg`)."""
 
     _scripts: ClassVar[tuple[str, ...]] = ()
     _styles: ClassVar[tuple[str, ...]] = ("base.css",)
@@ -77,10 +79,7 @@ class View(anywidget.AnyWidget):
         """
         title = self.title or type(self).__name__
         page = build_page(title, str(self._esm), str(self._css), self.page_state(), self.page_head())
-        if path is None:
-            return page
-        Path(path).write_text(page, encoding="utf-8")
-        return Path(path)
+        return saved(page, path)
 
     def to_png(self, path: str | Path | None = None) -> bytes | Path:
         """A PNG of this view as it is now, drawn without a browser. Needs Pillow.
@@ -91,11 +90,18 @@ class View(anywidget.AnyWidget):
         Raises:
             ImportError: without Pillow, saying how to get it.
         """
-        data = self.still().png()
-        if path is None:
-            return data
-        Path(path).write_bytes(data)
-        return Path(path)
+        return saved(self.still().png(), path)
+
+    def to_svg(self, path: str | Path | None = None) -> str | Path:
+        """An SVG of this view as it is now, drawn without a browser: one file, its text can be selected and edited.
+
+        Args:
+            path: where to write it; None returns the text of the SVG.
+
+        Returns:
+            The path written, or the SVG.
+        """
+        return saved(self.still().svg(), path)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.title!r})"

@@ -82,6 +82,51 @@ def test_sliders_and_boxes_act_while_it_runs(lab):
     page.get_by_role("button", name="Pause", exact=True).click()
 
 
+def hover_slot(page, name: str, slot: int, room: int) -> list[str]:
+    """The tooltip over one slot of a lane's cache of so many."""
+    canvas = lane(page, name).locator("canvas").first
+    canvas.scroll_into_view_if_needed()
+    frame = canvas.bounding_box()
+    page.mouse.move(frame["x"] + 4 + (slot + 0.5) * min(12, (frame["width"] - 8) / room), frame["y"] + 7)
+    page.wait_for_timeout(100)
+    return page.locator(".sqviz-tip:visible").inner_text().splitlines()
+
+
+def test_slots_say_what_they_hold_and_stop_frees_them(lab, screenshots):
+    page = lab.page
+    page.get_by_role("button", name="Start", exact=True).click()
+    lane(page, "sinks").locator(".st-token").nth(60).wait_for(timeout=60_000)
+    page.get_by_role("button", name="Pause", exact=True).click()
+    page.get_by_role("button", name="Go on", exact=True).wait_for()
+    told(lab, "view.wait(10)")
+    page.wait_for_timeout(500)
+    count = told(lab, "view.tracks['sinks'].count")
+    first = count - 28  # 28 recent tokens, the latest of them the one that predicted the last
+    assert hover_slot(page, "sinks", 2, 32) == [
+        f"slot 2: token 2 “#{told(lab, 'ids[2].item()')}”",
+        "an attention sink, kept for good",
+        "position 2 inside the cache, 2 in the text",
+    ]
+    assert hover_slot(page, "sinks", 4, 32) == [
+        f"slot 4: token {first} “#{told(lab, f'ids[{first}].item()')}”",
+        "leaves with the next token",
+        f"position 4 inside the cache, {first} in the text",
+    ]
+    assert hover_slot(page, "sinks", 31, 32)[1] == "leaves when 28 more tokens have come"
+    dense = told(lab, "view.tracks['dense'].count")
+    assert hover_slot(page, "dense", 9, dense)[1] == "nothing leaves this cache"
+    page.screenshot(path=screenshots / "stream_slots.png")
+    tokens = lane(page, "sinks").locator(".st-token").count()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_role("button", name="Start again", exact=True).wait_for()
+    assert told(lab, "[len(view._lanes), view.state]") == [0, "ended"]
+    assert told(lab, "sum(len(m._forward_pre_hooks) for m in lm.model.modules())") == 0
+    assert lane(page, "sinks").locator(".st-token").count() == tokens
+    page.get_by_role("button", name="Start again", exact=True).click()
+    page.get_by_role("button", name="Pause", exact=True).wait_for()
+    lane(page, "sinks").locator(".st-token").nth(20).wait_for(timeout=60_000)
+
+
 def test_a_page_that_comes_back_shows_the_same(lab, screenshots):
     page = lab.page
     page.get_by_role("button", name="Start", exact=True).click()

@@ -53,7 +53,8 @@ def test_an_interrupt_ends_the_cell_and_not_the_stream(lab_page):
     lab.page.evaluate(
         """() => { const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
             window.reply = null;
-            kernel.requestExecute({ code: 'import time; time.sleep(100)' }).done.then(r => { window.reply = r.content; }); }"""
+            const future = kernel.requestExecute({ code: 'import time; time.sleep(100)' });
+            future.done.then(reply => { window.reply = reply.content; }); }"""
     )
     lab.page.wait_for_timeout(1000)
     control(lab, "interrupt")

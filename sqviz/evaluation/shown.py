@@ -1,0 +1,54 @@
+"""`Shown`: how a result of an evaluation shows itself and is saved."""
+
+import base64
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
+
+    from sqviz.widgets.still import Still
+
+
+class Shown:
+    """A result with a plotly `figure` for where scripts run, and the same picture as a `still` for where none can."""
+
+    def figure(self) -> "plotly.graph_objects.Figure":
+        """The plotly figure. A subclass makes it."""
+        raise NotImplementedError(f"{type(self).__name__} makes no figure")
+
+    def still(self) -> "Still":
+        """The picture of `figure`, drawn without a browser. A subclass draws it."""
+        raise NotImplementedError(f"{type(self).__name__} draws no still")
+
+    def to_html(self, path: str | Path | None = None) -> str | Path:
+        """A page with the figure: self-contained, no network. Written to `path`; None returns its text."""
+        from sqviz.widgets.saved import saved
+
+        return saved(self.figure().to_html(include_plotlyjs=True), path)
+
+    def to_png(self, path: str | Path | None = None) -> bytes | Path:
+        """The same picture as a PNG, drawn without a browser. Written to `path`; None returns the bytes.
+
+        Raises:
+            ImportError: without Pillow, saying how to get it.
+        """
+        from sqviz.widgets.saved import saved
+
+        return saved(self.still().png(), path)
+
+    def to_svg(self, path: str | Path | None = None) -> str | Path:
+        """The same picture as an SVG, drawn without a browser. Written to `path`; None returns its text."""
+        from sqviz.widgets.saved import saved
+
+        return saved(self.still().svg(), path)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        from plotly.io import renderers
+
+        from sqviz.widgets.still import have_pillow
+
+        bundle = dict(renderers["plotly_mimetype"].to_mimebundle(self.figure().to_dict()))
+        if have_pillow():
+            bundle["image/png"] = base64.b64encode(self.still().png()).decode("ascii")
+        return bundle | {"text/plain": repr(self)}
