@@ -5,9 +5,9 @@ python -m benchmarks.live [--rounds 5] [--tokens 20000] [--model tiny]
 lane           tokens per second of one lane with the page open, against the same steps in a bare loop; in turns
 slider         a slider moved in the page while it runs → the first step under the new policy is painted
 pause          the button clicked → the page says so, and nothing runs any more in the kernel
-X
-               per second while the text is scrolled, at ten places on the way. `--model embedded` watches one lane of
-               the embedded model (half an hour) instead of three of a tiny one. Rows go to `--csv`.
+watched        `--tokens` tokens per lane in one page: memory of the browser and of its scripts, nodes of the page,
+               frames per second while the text is scrolled, at ten places on the way. `--model embedded` watches one
+               lane of the embedded model (half an hour) instead of three of a tiny one. Rows go to `--csv`.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def pauses(page: Page, rounds: int) -> tuple[list[float], list[float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """One look at the page: tokens of a lane, memory in MB, nodes, frames per second and the slowest frame while scrolling."""
+    """One look at the page: tokens of a lane, memory in MB, nodes, frames per second and the slowest in a scroll."""
 
     tokens: int
     seconds: float

@@ -155,7 +155,7 @@ def attention_maps(
     text: Text | None = None,
     *,
     sentences: int | None = 256,
-    length: int = 16,
+    length: int | None = None,
     logits: bool = True,
     cells: int = CELLS,
     seed: int = 0,
@@ -168,7 +168,7 @@ def attention_maps(
         lm: the model; left as it was.
         text: a text, source, list, path or ids; the embedded text by default.
         sentences: pieces of `length` tokens to average over, at most; None: the whole text as one.
-        length: tokens of each.
+        length: tokens of each sentence, 16 by default; of one text as many as it has and the model was trained with.
         logits: mean of the logits before the softmax; otherwise of the probabilities.
         cells: most rows and columns of a map; longer texts are pooled, each cell its largest value.
         seed: of the order in which documents are drawn.
@@ -181,19 +181,20 @@ def attention_maps(
         NonFinite: NaN among the scores.
         Cancelled: stopped through `cancel`.
     """
-    if cells < 1 or (sentences is not None and sentences < 1):
-        raise SqvizError(f"cells={cells}, sentences={sentences}: at least 1 is needed")
+    if cells < 1 or (sentences is not None and sentences < 1) or (length is not None and length < 1):
+        raise SqvizError(f"cells={cells}, sentences={sentences}, length={length}: at least 1 is needed")
     if text is None:
         from sqviz.corpus.source import text as embedded
 
         text = embedded()
     if sentences is None:
-        longest = getattr(lm.config, "max_position_embeddings", None)
-        batch = as_tokens(lm, text, longest if isinstance(longest, int) else None)[None]
+        trained = getattr(lm.config, "max_position_embeddings", None)
+        most = [number for number in (length, trained) if isinstance(number, int)]
+        batch = as_tokens(lm, text, min(most, default=None))[None]
         if batch.shape[1] == 0:
             raise SqvizError("the text has no token")
     else:
-        batch = torch.stack(list(as_segments(lm, text, sentences, length, seed)))
+        batch = torch.stack(list(as_segments(lm, text, sentences, length or 16, seed)))
     sums = _Sums(lm, batch.shape[1], len(batch), logits, cells)
     passes = batch.split(max(1, TOKENS_PER_PASS // batch.shape[1]))
     with progress_bar(len(batch), "attention maps", unit="sentences", cancel=cancel, show=progress) as bar:

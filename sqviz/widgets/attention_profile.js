@@ -102,8 +102,8 @@ function makeProfile(parent, tooltip, data, { span, setSpan, palette }) {
     const words = tokens[from] !== `token ${from}` && each > 26;
     context.textAlign = "center";
     context.fillStyle = colours.dim;
-    const every = words ? 1 : Math.max(1, Math.ceil(44 / each));
-    for (let token = from; token < to; token += every) {
+    const round = linearAxis(from, to - 1).ticks(box.width / 60).filter(Number.isInteger);
+    for (const token of words ? Array.from({ length: to - from }, (_, i) => from + i) : round) {
       const text = words ? clipped(context, tokens[token], each - 3) : String(token);
       context.fillText(text, box.x + (token - from + 0.5) * each, box.y + box.height + 10);
     }

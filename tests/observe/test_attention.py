@@ -233,9 +233,26 @@ def test_a_layer_without_softmax_attention_is_named(monkeypatch):
         attention_maps(lm, IDS, sentences=2, length=16)
 
 
+def test_one_token_and_one_text_of_some_length():
+    one = attention_maps(LLAMA, IDS[:1], sentences=None)
+    assert one.maps.shape[2:] == (1, 1)
+    assert torch.equal(one.share, torch.ones_like(one.share))
+    assert torch.equal(one.entropy, torch.zeros_like(one.entropy))
+    assert one.heatmap(LLAMA).to_png()
+    assert torch.equal(
+        attention_maps(LLAMA, IDS, sentences=None, length=7).maps, attention_maps(LLAMA, IDS[:7], sentences=None).maps
+    )
+    trained = LLAMA.config.max_position_embeddings
+    assert attention_maps(LLAMA, IDS.repeat(9), sentences=None, length=10**6).length == trained
+
+
 def test_bad_input():
     with pytest.raises(TextTooShort):
         attention_maps(LLAMA, IDS[:9], sentences=2, length=16)
+    with pytest.raises(SqvizError, match="length=0"):
+        attention_maps(LLAMA, IDS, length=0)
+    with pytest.raises(TextTooShort):
+        attention_maps(LLAMA, IDS[:0], sentences=None)
     with pytest.raises(SqvizError, match="cells=0"):
         attention_maps(LLAMA, IDS, cells=0)
     with pytest.raises(SqvizError, match="sentences=0"):
