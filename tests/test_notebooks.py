@@ -44,7 +44,7 @@ def test_links_lead_somewhere(path):
 def test_runs(path):
     book = demo.execute(path, pages=False)
     shown = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
-    pictures = [output for output in shown if "image/png" in output.get("data", {})]
+    pictures = [output for output in shown if {"image/png", "image/svg+xml"} & set(output.get("data", {}))]
     assert pictures, "a notebook shows at least one picture, also where no widget can be shown"
     warned = [output.text for output in shown if output.output_type == "stream" and output.name == "stderr"]
     assert warned == []

@@ -1,6 +1,5 @@
 """`Shown`: how a result of an evaluation shows itself and is saved."""
 
-import base64
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +45,6 @@ class Shown:
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         from plotly.io import renderers
 
-        from sqviz.widgets.still import have_pillow
-
+        # An SVG for where plotly is not: a PNG would be shown by plotly's own extension of JupyterLab, figure or not.
         bundle = dict(renderers["plotly_mimetype"].to_mimebundle(self.figure().to_dict()))
-        if have_pillow():
-            bundle["image/png"] = base64.b64encode(self.still().png()).decode("ascii")
-        return bundle | {"text/plain": repr(self)}
+        return bundle | {"image/svg+xml": self.still().svg(), "text/plain": repr(self)}

@@ -112,7 +112,8 @@ class SinkReport(Shown):
         return self.counts.still()
 
     def __repr__(self) -> str:
-        return f"{self.verdict}\n{self.to_frame().round(1).to_string()}"
+        none = f"no token gets {SHARE:.0%} of the attention in any layer"
+        return f"{self.verdict}\n{self.to_frame().round(1).to_string() if self.positions else none}"
 
 
 def sinks(

@@ -108,3 +108,17 @@ def test_surfaces_get_plotly_from_the_kernel_and_a_saved_notebook_shows_a_pictur
     picture.wait_for(timeout=60_000)
     assert picture.evaluate("img => img.naturalWidth") == 1760
     other.page.screenshot(path=screenshots / "lab_untrusted.png")
+
+
+def test_a_result_is_an_interactive_figure_and_not_its_picture(lab_page):
+    """Also right after the cell ran; the picture inside the notebook is for where plotly is not."""
+    setup = """import torch
+from sqviz.models.tiny import tiny
+from sqviz.evaluation.sinks import sinks
+ids = torch.randint(3, 131, (90,), generator=torch.Generator().manual_seed(0))"""
+    lab = lab_page([setup, "sinks(tiny('LlamaForCausalLM'), ids, size=16, tokens=90)"])
+    lab.run_all()
+    lab.page.locator(".jp-RenderedPlotly .plot-container").wait_for(timeout=60_000)
+    assert not lab.page.locator(".jp-RenderedPlotly img.plot-img").is_visible()
+    saved = json.loads(lab.save().read_text())
+    assert "<svg" in "".join(saved["cells"][1]["outputs"][0]["data"]["image/svg+xml"])

@@ -77,7 +77,7 @@ def test_the_verdict_says_place_or_meaning(tmp_path):
         breaks = types.SimpleNamespace(perplexity=factor * plain)
         assert dataclasses.replace(found, breaks=breaks).verdict.endswith(said)
     bundle = found._repr_mimebundle_()
-    assert {"image/png", "application/vnd.plotly.v1+json", "text/plain"} <= set(bundle)
+    assert {"image/svg+xml", "application/vnd.plotly.v1+json", "text/plain"} <= set(bundle)
     assert [trace.name for trace in found.figure().data] == ["0 + 12", "4 + 8"]
     assert "plotly" in found.to_html(tmp_path / "sinks.html").read_text(encoding="utf-8")
 

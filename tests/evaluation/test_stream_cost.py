@@ -57,7 +57,7 @@ def test_a_row_for_each_policy_and_size(tmp_path):
     assert (frame.loc[(slice(None), "dense"), "of a dense step"] == 1).all()
     assert [len(trace.x) for trace in found.figure().data] == [2] * 6
     bundle = found._repr_mimebundle_()
-    assert {"image/png", "application/vnd.plotly.v1+json", "text/plain"} <= set(bundle)
+    assert {"image/svg+xml", "application/vnd.plotly.v1+json", "text/plain"} <= set(bundle)
     assert "plotly" in found.to_html(tmp_path / "cost.html").read_text(encoding="utf-8")
     assert [len(module._forward_pre_hooks) for module in lm.model.modules()] == hooks
 

@@ -52,7 +52,7 @@ def test_a_comparison_is_each_policy_by_itself(tmp_path):
     assert isinstance(figure, go.Figure)
     assert [trace.name for trace in figure.data] == list(four_policies(9, 2))
     bundle = found._repr_mimebundle_()
-    assert "image/png" in bundle
+    assert "image/svg+xml" in bundle
     assert "application/vnd.plotly.v1+json" in bundle
     assert "plotly" in found.to_html(tmp_path / "figure.html").read_text(encoding="utf-8")
 
