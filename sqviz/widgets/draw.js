@@ -239,7 +239,12 @@ function logAxis(lo, hi) {
     from: (fraction) => 10 ** (first + fraction * span),
     ticks(count) {
       const [from, to] = [Math.ceil(first - 1e-9), Math.floor(last + 1e-9)];
-      if (to - from < 1) return linearAxis(lo, hi).ticks(count).filter((value) => value > 0);
+      if (to - from < 2) {
+        const inside = [];
+        for (let e = from - 1; e <= to; e++) inside.push(...[1, 2, 5].map((m) => m * 10 ** e).filter((v) => v >= lo * (1 - 1e-9) && v <= hi * (1 + 1e-9)));
+        if (inside.length > Math.max(count, 2) && to > from) return [10 ** from, 10 ** to];
+        return inside.length > 2 ? inside : linearAxis(lo, hi).ticks(count).filter((value) => value > 0);
+      }
       const step = Math.max(1, Math.ceil((to - from) / Math.max(count, 1)));
       const found = [];
       for (let e = from; e <= to; e += step) found.push(10 ** e);

@@ -36,7 +36,11 @@ function makeSinkText(parent, tooltip, tokens, { toggle }) {
     lines.push(shown.chosen.has(place) ? "click: no sink any more" : "click: make it a sink");
     tooltip.show(lines, x, y);
   };
-  frame.addEventListener("click", (event) => at(event) >= 0 && toggle(at(event)));
+  frame.addEventListener("click", (event) => {
+    if (at(event) < 0) return;
+    tooltip.hide(); // what it says is about to change
+    toggle(at(event));
+  });
   frame.addEventListener("pointermove", (event) => (at(event) >= 0 ? explain(at(event), event.clientX, event.clientY) : tooltip.hide()));
   frame.addEventListener("pointerleave", tooltip.hide);
   frame.addEventListener("keydown", (event) => {

@@ -69,8 +69,14 @@ class Axis:
         """Round values inside the range: powers of ten on a log axis, else steps of 1, 2 or 5."""
         if self.log:
             first, last = math.ceil(math.log10(self.lo) - 1e-9), math.floor(math.log10(self.hi) + 1e-9)
-            if last > first:
+            if last - first >= 2:
                 return [10.0**e for e in range(first, last + 1, max(1, math.ceil((last - first) / count)))]
+            steps = [m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5)]
+            inside = [step for step in steps if self.lo * (1 - 1e-9) <= step <= self.hi * (1 + 1e-9)]
+            if len(inside) > max(count, 2) and last > first:
+                return [10.0**first, 10.0**last]
+            if len(inside) > 2:
+                return inside
         span = (self.hi - self.lo) or 1.0
         rough = span / max(count, 1)
         power = 10.0 ** math.floor(math.log10(rough))

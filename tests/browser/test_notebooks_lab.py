@@ -65,3 +65,79 @@ def test_alpha_moves_by_mouse_and_keyboard_in_02(lab_page, screenshots):
     page.screenshot(path=screenshots / "notebook_02_light.png")
     lab.theme("dark")
     page.screenshot(path=screenshots / "notebook_02_dark.png")
+
+
+@pytest.mark.timeout(900)
+def test_heads_open_and_sinks_move_in_08(lab_page, screenshots):
+    lab = lab_page(NOTEBOOKS / "08_attention_sinks.ipynb", width=1280, height=1000)
+    lab.run_all(timeout_seconds=60 * MINUTES)
+    page = lab.page
+    heads, explorer = page.locator(".sqviz").nth(0), page.locator(".sqviz").nth(1)
+    lab.command("notebook:move-cursor-up")
+    heads.scroll_into_view_if_needed(timeout=WAIT_MS)
+    page.screenshot(path=screenshots / "notebook_08_heads.png")
+    canvas = heads.locator("canvas").first
+    canvas.scroll_into_view_if_needed()
+    seen = canvas.evaluate("c => c.panels()")
+    tile = next(one for one in seen["tiles"] if (one["layer"], one["head"]) == (4, 6))
+    frame = canvas.bounding_box()
+    page.mouse.move(frame["x"] + tile["x"] + seen["side"] * 0.5 / 16, frame["y"] + tile["y"] + seen["side"] * 9.5 / 16)
+    lines = page.locator(".sqviz-tip:visible").inner_text().splitlines()
+    assert lines[1:3] == ["query token 9", "key token 0"]
+    step = json.loads(
+        lab.run("import json; s = maps.heatmap().meta['scale']; print(json.dumps((s['hi'] - s['lo']) / 254))")
+    )
+    value = json.loads(lab.run("print(float(maps.maps[4, 6, 9, 0].clamp(s['lo'], s['hi'])))"))
+    assert float(lines[0].split()[-1]) == pytest.approx(value, abs=step + 0.006 * abs(value))
+    page.mouse.down()
+    page.mouse.up()
+    page.get_by_text("Layer 4, head 6").wait_for(timeout=WAIT_MS)
+    page.keyboard.press("Escape")
+
+    explorer.scroll_into_view_if_needed(timeout=WAIT_MS)
+    for _ in range(2):  # away, and back
+        before = lab.run("print(explorer.chosen, explorer.scores['sinks']['perplexity'])").strip()
+        explorer.locator(".sx-token").first.click()
+        for _ in range(200):
+            page.wait_for_timeout(100)
+            after = lab.run("explorer.wait(60); print(explorer.chosen, explorer.scores['sinks']['perplexity'])").strip()
+            if after != before:
+                break
+        assert after != before
+        shown = explorer.locator(".sx-numbers b").last
+        size = "n = explorer.recent + len(explorer.chosen)"
+        nll = "import numpy, base64; x = numpy.frombuffer(base64.b64decode(explorer.scores['sinks']['nll']), '<f4')"
+        behind = float(lab.run(f"{nll}; {size}; print(float(numpy.exp(x[n:].astype(float).mean())))"))
+        page.wait_for_timeout(500)
+        assert float(shown.inner_text()) == pytest.approx(behind, rel=6e-3)
+    page.screenshot(path=screenshots / "notebook_08_explorer.png")
+
+
+@pytest.mark.timeout(900)
+def test_streams_go_on_by_hand_in_09(lab_page, screenshots):
+    lab = lab_page(NOTEBOOKS / "09_streaming_live.ipynb", width=1280, height=1000)
+    lab.run_all(timeout_seconds=60 * MINUTES)
+    page = lab.page
+    lab.command("notebook:move-cursor-up")
+    page.locator(".st-lanes").scroll_into_view_if_needed(timeout=WAIT_MS)
+    before = json.loads(lab.run("print(streams.tracks['sinks'].count)"))
+    page.get_by_role("button", name="Go on", exact=True).click()
+    page.wait_for_function(
+        "count => [...document.querySelectorAll('.st-lane[data-lane=sinks] .st-token')].at(-1)?.token.position > count",
+        arg=before + 5,
+        timeout=WAIT_MS,
+    )
+    page.get_by_role("button", name="Pause", exact=True).click()
+    page.get_by_role("button", name="Go on", exact=True).wait_for()
+    lab.run("assert streams.wait(60)")
+    page.wait_for_timeout(500)
+    shown = page.locator(".st-lane[data-lane=sinks] .st-token").evaluate_all("all => all.map(one => one.token.nll)")
+    code = (
+        "import json; n = streams.tracks['sinks'].count + 1; ids = sqviz.text().tokens(lm.tokenizer, limit=n)\n"
+        "print(json.dumps(sqviz.streaming_perplexity(lm, ids, sqviz.Sinks(4, 44)).nll.tolist()))"
+    )
+    nll = json.loads(lab.run(code, timeout_seconds=120))
+    assert shown == pytest.approx(nll[-len(shown) :], abs=2e-3)
+    page.screenshot(path=screenshots / "notebook_09_light.png")
+    lab.theme("dark")
+    page.screenshot(path=screenshots / "notebook_09_dark.png")

@@ -198,6 +198,8 @@ def test_points_that_are_nowhere_are_left_out() -> None:
         (Axis(0, 100), [0, 20, 40, 60, 80, 100]),
         (Axis(0.02, 3000, log=True), [0.1, 1, 10, 100, 1000]),
         (Axis(2, 7, log=True), [2, 3, 4, 5, 6, 7]),
+        (Axis(18, 700, log=True), [20, 50, 100, 200, 500]),
+        (Axis(30, 8000, log=True), [100, 1000]),
     ],
 )
 def test_ticks_are_round(axis: Axis, ticks: list[float]) -> None:
