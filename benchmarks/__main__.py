@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-DEFAULT = ("slider", "capture", "streaming")
+DEFAULT = ("slider", "capture", "streaming", "attention", "live")
 
 
 def main() -> int:

@@ -16,7 +16,8 @@ import psutil
 import torch
 
 import sqviz
-from benchmarks.peer import Peer, Unavailable
+from benchmarks.peer import Peer
+from benchmarks.peer_process import Unavailable
 from sqviz.evaluation.stream_cost import POLICIES, interleaved, steps_at
 from sqviz.streaming.feed import Feed
 

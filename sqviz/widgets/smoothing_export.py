@@ -7,10 +7,11 @@ from sqviz.errors import NoSuchLayer
 from sqviz.observe.magnitudes import GroupInfo, Magnitudes
 
 PAGE_BLOCKS = 8
-PAGE_BYTES = 10_000_000
+PAGE_BYTES = 4_500_000
+"""Of the maps in a page, which makes pages of 5 MB at most."""
 BASE64 = 4 / 3
 RESOLUTIONS = ((128, 64), (64, 32), (32, 16))
-"""Rows of |X| and of |W|, tried in this order."""
+"""Rows of |X| and of |W|, tried in this order; the linear in view always has the first."""
 
 
 def choose_linears(magnitudes: Magnitudes, linear: str, wanted: str | Sequence[str] | None = None) -> list[str]:
@@ -57,7 +58,8 @@ def embed(
 ) -> tuple[bytes, list[str]]:
     """The packs of the groups of these linears within a budget, and the linears that found room.
 
-    Maps are made coarser until all fit; where even the coarsest do not, the last groups are left out.
+    Maps are made coarser until all fit, but for those in view; where even the coarsest do not, the last groups are left
+    out.
 
     Args:
         magnitudes: the capture.
@@ -83,7 +85,8 @@ def _within(
     kept: list[tuple[GroupInfo, bytes]] = []
     size = 0
     for group in groups:
-        pack = make(group.name, max_rows=rows, weight_rows=weight_rows)
+        shape = (rows, weight_rows) if kept else RESOLUTIONS[0]
+        pack = make(group.name, max_rows=shape[0], weight_rows=shape[1])
         size += int(len(pack) * BASE64)
         if kept and size > budget_bytes:
             break

@@ -17,6 +17,7 @@ from sqviz.errors import NoSuchLayer
 from sqviz.models.linears import groups
 from sqviz.models.tiny import tiny
 from sqviz.quant.smooth import smoothing_scale
+from sqviz.widgets.smoothing_export import embed
 from sqviz.widgets.smoothing_estimate import LENGTH, SEGMENTS
 from sqviz.widgets.smoothing_pack import unpack, vectors
 from sqviz.widgets.smoothing_state import scheme_key
@@ -201,6 +202,21 @@ def test_a_page_within_a_budget_gets_coarser_and_keeps_the_linear_in_view(explor
     assert len(small) < len(whole)
     assert page_state(small)["about"]["embedded"] == ["model.layers.2.mlp.down_proj"]
     assert len(page_state(whole)["about"]["embedded"]) == 21
+
+
+def test_maps_get_coarser_but_for_those_in_view(magnitudes):
+    asked: list[tuple[str, int]] = []
+
+    def made(group: str, max_rows: int, weight_rows: int) -> bytes:
+        asked.append((group, max_rows))
+        return bytes(3 * (max_rows + weight_rows))
+
+    groups, first = len(magnitudes.groups), magnitudes.groups[-1]
+    fits = 4 * (192 + 96 * (groups - 1))  # at half the resolution, as base64
+    packs, held = embed(magnitudes, magnitudes.names, first.consumers[0], made, fits)
+    assert (4 * len(packs) // 3, held) == (fits, list(magnitudes.names))
+    assert asked[-groups:][0] == (first.name, 128)
+    assert {rows for _, rows in asked[-groups + 1 :]} == {64}
 
 
 def test_the_export_button_sends_the_page(explore, monkeypatch):
