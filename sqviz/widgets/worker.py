@@ -13,9 +13,11 @@ generation number, and only a job that is still current may publish (`turn.check
 given to `on_error`; the thread lives on.
 """
 
+import atexit
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,8 @@ from sqviz.errors import Cancelled
 from sqviz.progress import CancelToken
 
 Work = Callable[["Turn"], None]
+LAST_SECONDS = 10.0
+_started: "weakref.WeakSet[Worker]" = weakref.WeakSet()
 
 
 class Turn(CancelToken):
@@ -49,7 +53,8 @@ class Worker:
             (`Cancelled` excepted: that is a request that was met).
         name: of the thread.
 
-    The thread starts with the first submission and is a daemon: it never keeps the process alive.
+    The thread starts with the first submission and is a daemon: it never keeps the process alive. When that ends it is
+    given `LAST_SECONDS` to come to its next `check()`: Python ends a thread inside torch by aborting the process.
     """
 
     def __init__(self, lanes: Sequence[str], on_error: Callable[[str, Exception], None], name: str = "sqviz") -> None:
@@ -80,6 +85,7 @@ class Worker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
                 self._thread.start()
+                _started.add(self)
             self._state.notify_all()
             return turn.generation
 
@@ -172,6 +178,16 @@ class Worker:
             with self._state:
                 self._running.remove(turn)
                 self._state.notify_all()
+
+
+@atexit.register
+def _end_all() -> None:
+    workers = list(_started)
+    for worker in workers:
+        worker.close()
+    limit = time.monotonic() + LAST_SECONDS
+    for worker in workers:
+        worker.join(max(0.0, limit - time.monotonic()))
 
 
 def heard_while_busy(widget: Any) -> None:

@@ -17,8 +17,8 @@ from sqviz.errors import NoSuchLayer
 from sqviz.models.linears import groups
 from sqviz.models.tiny import tiny
 from sqviz.quant.smooth import smoothing_scale
-from sqviz.widgets.smoothing_export import embed
 from sqviz.widgets.smoothing_estimate import LENGTH, SEGMENTS
+from sqviz.widgets.smoothing_export import embed
 from sqviz.widgets.smoothing_pack import unpack, vectors
 from sqviz.widgets.smoothing_state import scheme_key
 from sqviz.widgets.view import decode_log

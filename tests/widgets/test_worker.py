@@ -1,5 +1,7 @@
 """The worker: latest wins, urgent work passes slow work, stale work stops, errors arrive, the thread ends."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -238,3 +240,26 @@ def test_pace_lets_the_first_through_and_holds_the_next():
     pace = Pace(per_second=0.001)
     assert pace.due()
     assert not pace.due()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_process_ends_well_while_a_job_is_inside_torch(closed):
+    """Python would abort it otherwise: "terminate called without an active exception"."""
+    script = f"""
+import time, torch
+from sqviz.widgets.worker import Worker
+def work(turn):
+    x = torch.randn(700, 700)
+    while True:
+        turn.check()
+        for _ in range(60):
+            x = torch.tanh(x @ x)
+worker = Worker(["one"], lambda lane, error: None)
+worker.submit("one", work)
+time.sleep(0.5)
+if {closed}:
+    worker.close()
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
