@@ -13,9 +13,11 @@ from playwright.sync_api import Browser, sync_playwright
 
 import sqviz
 from sqviz.doctor import find_chromium
+from sqviz.widgets.stream_explorer import StreamExplorer
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 PAINT_MS = 2000  # until fonts, the first frame and its follow-ups are on screen
+TOKENS = 160
 LINEAR = "model.layers.12.self_attn.q_proj"
 
 
@@ -30,6 +32,17 @@ def photograph(browser: Browser, page_file: Path, picture: Path, scheme: str, wi
     print(f"{picture}  {picture.stat().st_size / 1e3:.0f} kB")
 
 
+def streams(lm: sqviz.LM) -> StreamExplorer:
+    """Three lanes that have read long enough for the window to break."""
+    view = sqviz.explore_stream(lm, sinks=4, recent=60)
+    view.start()
+    while min((track.count for track in view.tracks.values()), default=0) < TOKENS or len(view.tracks) < 3:
+        view.wait(0.5)
+    view.pause()
+    view.wait()
+    return view
+
+
 def main() -> None:
     """Draw every picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -37,8 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
-    magnitudes = sqviz.Magnitudes.embedded()
-    explorer = sqviz.explore_smoothing(sqviz.load(), magnitudes, linear=LINEAR)
+    lm, magnitudes = sqviz.load(), sqviz.Magnitudes.embedded()
+    explorer, lanes = sqviz.explore_smoothing(lm, magnitudes, linear=LINEAR), streams(lm)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
         page = Path(folder) / "explorer.html"
@@ -48,8 +61,12 @@ def main() -> None:
         page = Path(folder) / "outliers.html"
         magnitudes.outliers().to_html(page)
         photograph(browser, page, args.output / "outliers.png", "light", 1100, 700)
+        for name, view, width in (("attention", sqviz.attention_maps(lm).heatmap(), 1100), ("streams", lanes, 1240)):
+            view.to_html(page)
+            photograph(browser, page, args.output / f"{name}.png", "light", width, 700)
         browser.close()
     explorer.close()
+    lanes.close()
 
 
 if __name__ == "__main__":

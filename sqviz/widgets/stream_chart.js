@@ -102,8 +102,8 @@ function makeSpark(parent, { label, unit, colour }) {
       context.textBaseline = "top";
       context.textAlign = "left";
       context.fillStyle = colours.dim;
-      const last = values.at(-1);
-      context.fillText(fitText(context, last === undefined ? label : `${label} ${number(last)} ${unit}`, width - 4), 2, 0);
+      if (!values.length) return;
+      context.fillText(fitText(context, `${label} ${number(values.at(-1))} ${unit}`, width - 4), 2, 0);
       if (values.length < 2) return;
       const top = Math.max(...values) * 1.05 || 1;
       context.strokeStyle = colour(colours);

@@ -164,8 +164,9 @@ function makeLane(parent, tooltip, { name, title, series, first }) {
       points = all.points.map((point) => [...point]);
       every = Math.max(1, Math.round(all.count / Math.max(1, points.length)));
       count = all.count;
-      text.scrollTop = text.scrollHeight;
+      for (const [, , milliseconds] of points.slice(-SPARKS, -1)) latency.add(milliseconds);
       this.set(all);
+      requestAnimationFrame(() => (text.scrollTop = text.scrollHeight)); // lanes that come after it make it narrower
     },
     stop() {
       for (const view of [slots, speed, latency, memory]) view.stop();

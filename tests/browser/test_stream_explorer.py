@@ -174,5 +174,9 @@ def test_a_page_without_a_kernel_shows_where_it_stood_and_runs_nothing(view_page
     assert page.locator(".sqviz img").count() == 0
     assert page.get_by_role("button", name="Start", exact=True).is_disabled()
     assert "no kernel" in page.locator(".sqviz-note").first.inner_text()
+    sparks = lane(page, "sinks").locator(".st-sparks canvas")
+    assert sparks.evaluate_all("all => all.map(one => one.values.length)") == [0, 100, 1]
+    text = lane(page, "sinks").locator(".st-text")
+    assert text.evaluate("t => t.scrollHeight - t.scrollTop - t.clientHeight") <= 1  # the latest tokens are in view
     page.screenshot(path=screenshots / "stream_page_dark.png", full_page=True)
     view.close()
