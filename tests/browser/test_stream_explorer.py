@@ -180,3 +180,35 @@ def test_a_page_without_a_kernel_shows_where_it_stood_and_runs_nothing(view_page
     assert text.evaluate("t => t.scrollHeight - t.scrollTop - t.clientHeight") <= 1  # the latest tokens are in view
     page.screenshot(path=screenshots / "stream_page_dark.png", full_page=True)
     view.close()
+
+
+def test_a_page_stays_small_over_twenty_thousand_tokens(lab):
+    """Tokens of text, points of the curve and nodes of the page are bounded; what is left are the latest."""
+    page = lab.page
+    code = """from sqviz.streaming.lane import LaneStep
+from sqviz.streaming.reader import CacheView
+from sqviz.widgets.stream_track import Track
+track, at = Track(), 0
+def tell(batches):
+    global at
+    for _ in range(batches):
+        for _ in range(100):
+            at += 1
+            cache = CacheView((0, 1, 2, 3), max(0, at - 28), at - 1, 32, 32, 1000)
+            track.add(LaneStep(at, 5, "word ", at % 7, (("other", 0.5),), cache, 0.001), 0.001)
+        view.send({"kind": "steps", "lanes": {"sinks": track.news()}, "machine": view._machine()})
+tell(20)"""
+    lab.run(code)
+    tokens = lane(page, "sinks").locator(".st-token")
+    last = "position => [...document.querySelectorAll('.st-token')].at(-1)?.token.position === position"
+    page.wait_for_function(last, arg=2000, timeout=60_000)
+    nodes = page.evaluate("() => document.getElementsByTagName('*').length")
+    lab.run("tell(180)")
+    page.wait_for_function(last, arg=20_000, timeout=60_000)
+    assert tokens.count() == 400
+    assert tokens.first.evaluate("one => one.token.position") == 19_601
+    points = page.locator(".sqviz canvas").first.evaluate("c => c.lanes().sinks")
+    assert 700 <= len(points) <= 1500
+    assert points[-1][0] > 19_900
+    assert page.evaluate("() => document.getElementsByTagName('*').length") <= nodes + 20
+    assert lane(page, "sinks").locator(".st-sparks canvas").nth(1).evaluate("c => c.values.length") <= 120
