@@ -126,7 +126,7 @@ class StreamExplorer(View):
     def stop(self) -> None:
         """End here: what is shown stays, the caches are freed; `start()` begins anew."""
         self._halt("ended")
-        self._worker.wait(60)
+        self._worker.wait()  # however long the step under way takes: its lane must not be closed inside it
         self._free()
 
     def reset(self) -> None:
