@@ -37,6 +37,10 @@ class TooLarge(SqvizError, MemoryError):
     """Work that would not fit into memory, refused before the machine runs out of it."""
 
 
+class Unavailable(SqvizError):
+    """A backend was asked for that cannot run on this machine; the message says why."""
+
+
 class DownloadError(OSError):
     """The embedded model could not be fetched, or what arrived is not what was expected."""
 

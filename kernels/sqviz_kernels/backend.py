@@ -1,0 +1,130 @@
+"""What a backend is: codes in, codes and floats out, on whatever layout it likes best. See `spec` for the arithmetic.
+
+A backend has to give `quantise`, `pack`, `unpack` and `linear`. The fused operations below are composed of those, and a
+backend overrides the ones it fuses.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int8
+from torch import Tensor
+from torch.nn import functional as F
+
+from sqviz_kernels import spec
+from sqviz_kernels.spec import Norm, Share
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codes:
+    """A quantised matrix [row channel], in a backend's own layout.
+
+    Attributes:
+        values: the codes, possibly shifted, padded or reordered.
+        step: float32 [row] (a step each) or [1] (one for all).
+        rows, channels: the matrix's own size, without padding.
+    """
+
+    values: Tensor
+    step: Float[Tensor, "row_or_1"]
+    rows: int
+    channels: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """The weight of a linear, stored once, in a backend's own layout.
+
+    Attributes:
+        values: the codes.
+        step: float32 [out] or [1].
+        bias: float32 [out], or None.
+        out, channels: the matrix's own size, without padding.
+        extra: further tensors that the layout needs.
+    """
+
+    values: Tensor
+    step: Float[Tensor, "out_or_1"]
+    bias: Float[Tensor, " out"] | None
+    out: int
+    channels: int
+    extra: tuple[Tensor, ...] = ()
+
+
+class Backend:
+    """Base of the backends. `why_not` says why one cannot run here."""
+
+    name: ClassVar[str]
+    device: ClassVar[str] = "cpu"
+    """Device type of the tensors that it takes."""
+
+    @classmethod
+    def why_not(cls) -> str | None:
+        """None if this backend runs on this machine, else the reason, in words, with what would help."""
+        raise NotImplementedError
+
+    def pack(
+        self, w: Int8[Tensor, "out channel"], step: Float[Tensor, "out_or_1"], bias: Float[Tensor, " out"] | None
+    ) -> Packed:
+        """Take over the codes of a weight. Raises `SqvizError` where an int32 could overflow."""
+        raise NotImplementedError
+
+    def unpack(self, packed: Packed) -> Int8[Tensor, "out channel"]:
+        """The codes of a weight again, [out channel]."""
+        raise NotImplementedError
+
+    def quantise(
+        self,
+        x: Float[Tensor, "row channel"],
+        step: Float[Tensor, "1"] | None = None,
+        share: Share = "token",
+        divisor: Float[Tensor, " channel"] | None = None,
+    ) -> Codes:
+        """See `spec.quantise`. Raises `NonFinite`."""
+        raise NotImplementedError
+
+    def linear(self, x: Codes, w: Packed, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row out"]:
+        """See `spec.linear`."""
+        raise NotImplementedError
+
+    def norm_quantise(
+        self,
+        x: Float[Tensor, "row channel"],
+        gain: Float[Tensor, " channel"],
+        bias: Float[Tensor, " channel"] | None,
+        eps: float,
+        kind: Norm,
+        step: Float[Tensor, "1"] | None = None,
+        share: Share = "token",
+    ) -> Codes:
+        """See `spec.norm_quantise`. Raises `NonFinite`."""
+        return self.quantise(spec.norm(x, gain, bias, eps, kind), step, share)
+
+    def gated(self, x: Codes, gate_up: Packed, step: Float[Tensor, "1"] | None = None, share: Share = "token") -> Codes:
+        """Codes of SiLU(gate) · up, where the first half of the rows of the weight makes gate, the second half up.
+
+        See `spec.gate_quantise`. Raises `NonFinite`.
+        """
+        gate, up = self.linear(x, gate_up).chunk(2, 1)
+        return self.quantise(F.silu(gate) * up, step, share)
+
+    def attention(
+        self,
+        q: Float[Tensor, "batch head query dim"],
+        k: Int8[Tensor, "batch kv_head key dim"],
+        k_step: Float[Tensor, "batch kv_head key"],
+        v: Int8[Tensor, "batch kv_head key dim_v"],
+        v_step: Float[Tensor, "batch kv_head key"],
+        scaling: float,
+        causal_from: int | None = None,
+        mask: Bool[Tensor, "#batch #head query key"] | Float[Tensor, "#batch #head query key"] | None = None,
+    ) -> Float[Tensor, "batch head query dim_v"]:
+        """See `spec.attention`. Raises `NonFinite`."""
+        return spec.attention(q, k, k_step, v, v_step, scaling, causal_from, mask)
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}>"
+
+    def __deepcopy__(self, memo: Any) -> "Backend":
+        return self  # a backend holds no state of a model's
