@@ -42,6 +42,7 @@ class Packed:
         bias: float32 [out], or None.
         out, channels: the matrix's own size, without padding.
         extra: further tensors that the layout needs.
+        gated: the first half of the rows makes gates, the second half ups; for `Backend.gated`.
     """
 
     values: Tensor
@@ -50,6 +51,7 @@ class Packed:
     out: int
     channels: int
     extra: tuple[Tensor, ...] = ()
+    gated: bool = False
 
 
 class Backend:
@@ -65,9 +67,13 @@ class Backend:
         raise NotImplementedError
 
     def pack(
-        self, w: Int8[Tensor, "out channel"], step: Float[Tensor, "out_or_1"], bias: Float[Tensor, " out"] | None
+        self,
+        w: Int8[Tensor, "out channel"],
+        step: Float[Tensor, "out_or_1"],
+        bias: Float[Tensor, " out"] | None = None,
+        gated: bool = False,
     ) -> Packed:
-        """Take over the codes of a weight. Raises `SqvizError` where an int32 could overflow."""
+        """Take over the codes of a weight, stacked gate and up if `gated`. Raises `SqvizError` if int32 could overflow."""
         raise NotImplementedError
 
     def unpack(self, packed: Packed) -> Int8[Tensor, "out channel"]:
@@ -97,15 +103,16 @@ class Backend:
         kind: Norm,
         step: Float[Tensor, "1"] | None = None,
         share: Share = "token",
+        out: Float[Tensor, "row channel"] | None = None,
     ) -> Codes:
-        """See `spec.norm_quantise`. Raises `NonFinite`."""
-        return self.quantise(spec.norm(x, gain, bias, eps, kind), step, share)
+        """See `spec.norm_quantise`; `out` receives the normalised X itself. Raises `NonFinite`."""
+        y = spec.norm(x, gain, bias, eps, kind)
+        if out is not None:
+            out.copy_(y)
+        return self.quantise(y, step, share)
 
     def gated(self, x: Codes, gate_up: Packed, step: Float[Tensor, "1"] | None = None, share: Share = "token") -> Codes:
-        """Codes of SiLU(gate) · up, where the first half of the rows of the weight makes gate, the second half up.
-
-        See `spec.gate_quantise`. Raises `NonFinite`.
-        """
+        """Codes of SiLU(gate) · up from a weight packed as `gated`. See `spec.gate_quantise`. Raises `NonFinite`."""
         gate, up = self.linear(x, gate_up).chunk(2, 1)
         return self.quantise(F.silu(gate) * up, step, share)
 

@@ -1,0 +1,120 @@
+"""The CPU backend that wins here: our own product for AVX-512 VNNI, with the whole epilogue inside (vnni_tile.py)."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int8, Int32
+from torch import Tensor
+
+from sqviz.errors import SqvizError
+from sqviz_kernels import vnni_tile as tile
+from sqviz_kernels.backend import Codes, Packed
+from sqviz_kernels.cpu import CpuBackend, launching, threads_for
+from sqviz_kernels.spec import Share, check_channels
+from sqviz_kernels.vnni_tile import WIDE
+
+HALF = WIDE // 2
+WORTH_THREADS = 1 << 18
+"""Products from which a second thread helps."""
+_KINDS = {torch.float32: tile.F32, torch.bfloat16: tile.BF16}
+
+
+class Vnni(CpuBackend):
+    """Codes uint8 = code + 128; weights [panel, channel / 4, 32, 4] and −128 · Σ_k W̄; see vnni_tile.py."""
+
+    name: ClassVar[str] = "vnni"
+    shift: ClassVar[int] = 128
+
+    @classmethod
+    def why_not(cls) -> str | None:
+        """None, or that the processor lacks the instruction."""
+        if not tile.HAVE_VNNI:
+            return "the processor has no AVX-512 VNNI; backend='plain' runs on any processor, without the speed"
+        return None
+
+    def row_bytes(self, channels: int) -> int:
+        """A multiple of 64, and not one of 1024: rows a power of two apart would share few lines of the cache."""
+        size = -(-channels // 64) * 64
+        return size + 64 if size % 1024 == 0 else size
+
+    def pack(
+        self,
+        w: Int8[Tensor, "out channel"],
+        step: Float[Tensor, "out_or_1"],
+        bias: Float[Tensor, " out"] | None = None,
+        gated: bool = False,
+    ) -> Packed:
+        """Panels of 32 out channels; if gated, of 16 gates and 16 ups."""
+        out, channels = w.shape
+        check_channels(channels)
+        order = _order(out, gated)
+        rows = _pick(w, order)
+        fours = -(-channels // 4)
+        rows = torch.nn.functional.pad(rows, (0, 4 * fours - channels))
+        values = rows.view(-1, WIDE, fours, 4).transpose(1, 2).contiguous()
+        start = rows.sum(1, dtype=torch.int32) * -128
+        scales, biases = _pick(step.float().expand(out), order), torch.zeros(len(order))
+        if bias is not None:
+            biases = _pick(bias.float(), order)
+        return Packed(values, step, bias, out, channels, (start, scales, biases), gated)
+
+    def unpack(self, packed: Packed) -> Int8[Tensor, "out channel"]:
+        """The codes as they came."""
+        rows = packed.values.transpose(1, 2).flatten(2).flatten(0, 1)[:, : packed.channels]
+        order = _order(packed.out, packed.gated)
+        w = rows.new_empty(packed.out, packed.channels)
+        w[order[order >= 0]] = rows[order >= 0]
+        return w
+
+    def linear(self, x: Codes, w: Packed, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row out"]:
+        """See `spec.linear`: bit-equal."""
+        if dtype not in _KINDS:
+            return self.linear(x, w).to(dtype)
+        out = torch.empty(x.rows, len(w.values) * WIDE, dtype=dtype)
+        self._run(_KINDS[dtype], x, w, out)
+        return out if out.shape[1] == w.out else out[:, : w.out].contiguous()
+
+    def gated(self, x: Codes, gate_up: Packed, step: Float[Tensor, "1"] | None = None, share: Share = "token") -> Codes:
+        """See `spec.gate_quantise`; the exponential differs from torch's by units in the last place."""
+        if not gate_up.gated:
+            raise SqvizError("this weight was packed without gated=True.")
+        inner = torch.empty(x.rows, len(gate_up.values) * HALF)
+        self._run(tile.GATE, x, gate_up, inner)
+        return self._quantise(inner[:, : gate_up.out // 2], step, share)
+
+    def _run(self, kind: int, x: Codes, w: Packed, out: Tensor) -> None:
+        if x.channels != w.channels:
+            raise SqvizError(f"X has {x.channels} channels, and the weight {w.channels}.")
+        start, scales, biases = w.extra
+        panels, fours = w.values.shape[:2]
+        arguments = (
+            *(x.values.data_ptr(), x.values.stride(0), w.values.data_ptr(), fours, start.data_ptr()),
+            *(x.step.data_ptr(), 0 if len(x.step) == 1 else 4, scales.data_ptr(), biases.data_ptr()),
+            *(out.data_ptr(), out.stride(0) * out.element_size()),
+        )
+        threads = threads_for(x.rows * w.values.numel(), WORTH_THREADS)
+        if threads == 1:
+            tile.panels_of(kind, 0, x.rows, 0, panels, *arguments)
+            return
+        with launching():
+            tile.panels_of_threads(threads, kind, x.rows, panels, *arguments)
+
+
+def _order(out: int, gated: bool) -> Int32[Tensor, " place"]:
+    """Which row of the weight stands at each place of the panels; −1: padding."""
+    if not gated:
+        order = torch.full((-(-out // WIDE) * WIDE,), -1)
+        order[:out] = torch.arange(out)
+        return order
+    inner = out // 2
+    half = torch.full((-(-inner // HALF) * HALF,), -1)
+    half[:inner] = torch.arange(inner)
+    both = torch.stack([half, torch.where(half < 0, -1, half + inner)])  # [2 inner]
+    return both.view(2, -1, HALF).transpose(0, 1).flatten()
+
+
+def _pick(rows: Tensor, order: Int32[Tensor, " place"]) -> Tensor:
+    """The rows in this order, zeros for padding."""
+    picked = rows.contiguous()[order.clamp(min=0)]
+    picked[order < 0] = 0
+    return picked
