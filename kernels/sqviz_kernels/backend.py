@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,6 +80,10 @@ class Backend:
         """The codes of a weight again, [out channel]."""
         raise NotImplementedError
 
+    def rows(self, packed: Packed, which: Int[Tensor, " row"]) -> Int8[Tensor, "row channel"]:
+        """The codes of some out channels, as an embedding tied to this weight reads them."""
+        return self.unpack(packed)[which]
+
     def quantise(
         self,
         x: Float[Tensor, "row channel"],
@@ -89,6 +93,10 @@ class Backend:
     ) -> Codes:
         """See `spec.quantise`. Raises `NonFinite`."""
         raise NotImplementedError
+
+    def plain_codes(self, x: Float[Tensor, "row channel"]) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, " row"]]:
+        """Codes per row as `spec` lays them out, and their steps; for keys and values. Raises `NonFinite`."""
+        return spec.quantise(x)
 
     def linear(self, x: Codes, w: Packed, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row out"]:
         """See `spec.linear`."""

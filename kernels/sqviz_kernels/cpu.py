@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from sqviz.errors import NonFinite, SqvizError
@@ -118,6 +118,11 @@ class CpuBackend(Backend):
             out.copy_(y)
         return codes
 
+    def plain_codes(self, x: Float[Tensor, "row channel"]) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, " row"]]:
+        """See `Backend.plain_codes`. Raises `NonFinite`."""
+        found = self._quantise(x, None, "token", layout=(x.shape[1], 0))
+        return found.values, found.step
+
     def _quantise(
         self,
         x: Tensor,
@@ -129,11 +134,12 @@ class CpuBackend(Backend):
         eps: float = 0.0,
         divisor: Tensor | None = None,
         y: Tensor | None = None,
+        layout: tuple[int, int] | None = None,
     ) -> Codes:
         x = readable(x)
         rows, channels = x.shape
-        stride = self.row_bytes(channels)
-        codes = torch.empty(rows, stride, dtype=torch.uint8 if self.shift else torch.int8)
+        stride, shift = (self.row_bytes(channels), self.shift) if layout is None else layout
+        codes = torch.empty(rows, stride, dtype=torch.uint8 if shift else torch.int8)
         steps = torch.empty(rows)
         threads = threads_for(x.numel())
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (gain, bias, divisor)]
@@ -142,7 +148,7 @@ class CpuBackend(Backend):
 
         def go(given: np.float32, codes_at: int) -> None:
             after = (0, 0) if y is None else (y.data_ptr(), y.stride(0) * y.element_size())
-            after = (*after, codes_at, stride, self.shift, steps.data_ptr())
+            after = (*after, codes_at, stride, shift, steps.data_ptr())
             bad = run(threads, loops.quantise_rows, loops.quantise_rows_threads, rows, *arguments, given, *after)
             if bad:
                 raise NonFinite(

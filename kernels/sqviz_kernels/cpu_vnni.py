@@ -2,14 +2,16 @@
 
 from typing import ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int8, Int32
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
 from sqviz.errors import SqvizError
+from sqviz_kernels import cpu_attention as kernel
 from sqviz_kernels import vnni_tile as tile
 from sqviz_kernels.backend import Codes, Packed
-from sqviz_kernels.cpu import CpuBackend, launching, threads_for
+from sqviz_kernels.cpu import CpuBackend, launching, run, threads_for
 from sqviz_kernels.spec import Share, check_channels
 from sqviz_kernels.vnni_tile import WIDE
 
@@ -72,7 +74,16 @@ class Vnni(CpuBackend):
             return self.linear(x, w).to(dtype)
         out = torch.empty(x.rows, len(w.values) * WIDE, dtype=dtype)
         self._run(_KINDS[dtype], x, w, out)
+        if w.gated:
+            order = _order(w.out, gated=True)
+            return out[:, order.argsort()[-w.out :]]
         return out if out.shape[1] == w.out else out[:, : w.out].contiguous()
+
+    def rows(self, packed: Packed, which: Int[Tensor, " row"]) -> Int8[Tensor, "row channel"]:
+        """The codes of some out channels."""
+        if packed.gated:
+            return self.unpack(packed)[which]
+        return packed.values[which // WIDE, :, which % WIDE].flatten(1)[:, : packed.channels]
 
     def gated(self, x: Codes, gate_up: Packed, step: Float[Tensor, "1"] | None = None, share: Share = "token") -> Codes:
         """See `spec.gate_quantise`; the exponential differs from torch's by units in the last place."""
@@ -81,6 +92,44 @@ class Vnni(CpuBackend):
         inner = torch.empty(x.rows, len(gate_up.values) * HALF)
         self._run(tile.GATE, x, gate_up, inner)
         return self._quantise(inner[:, : gate_up.out // 2], step, share)
+
+    def attention(
+        self,
+        q: Float[Tensor, "batch head query dim"],
+        k: Int8[Tensor, "batch kv_head key dim"],
+        k_step: Float[Tensor, "batch kv_head key"],
+        v: Int8[Tensor, "batch kv_head key dim_v"],
+        v_step: Float[Tensor, "batch kv_head key"],
+        scaling: float,
+        causal_from: int | None = None,
+        mask: Bool[Tensor, "#batch #head query key"] | Float[Tensor, "#batch #head query key"] | None = None,
+    ) -> Float[Tensor, "batch head query dim_v"]:
+        """See `spec.attention`. Raises `NonFinite`."""
+        batch, heads, queries, dims = q.shape
+        kv_heads, keys, dims_v = k.shape[1], k.shape[2], v.shape[3]
+        out = torch.empty(batch, heads, queries, dims_v, dtype=q.dtype if q.dtype in _KINDS else torch.float32)
+        if not out.numel() or not keys:
+            return out.zero_().to(q.dtype)
+        if dims % 4:
+            q, k = (torch.nn.functional.pad(t, (0, 4 - dims % 4)) for t in (q, k))
+        codes = self._quantise(q.reshape(-1, q.shape[3]), None, "token")
+        k, v, k_step, v_step = (t.contiguous() for t in (k, v, k_step.float(), v_step.float()))
+        kind, mask = _mask(mask)
+        strides = (
+            (0, 0, 0) if mask is None else tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride()))[:3]
+        )
+        size = 0 if mask is None else mask.element_size()
+        arguments = (
+            *(heads, heads // kv_heads, queries, keys, q.shape[3], dims_v),
+            *(codes.values.data_ptr(), codes.values.stride(0), codes.step.data_ptr()),
+            *(k.data_ptr(), k.shape[3], k_step.data_ptr(), v.data_ptr(), dims_v, v_step.data_ptr()),
+            *(np.float32(scaling), -1 if causal_from is None else causal_from),
+            *(kind, 0 if mask is None else mask.data_ptr(), *(size * stride for stride in strides)),
+            *(out.data_ptr(), _KINDS[out.dtype], dims_v * out.element_size()),
+        )
+        threads = threads_for(codes.rows * keys * dims, WORTH_THREADS)
+        run(threads, kernel.heads_of, kernel.heads_of_threads, batch * kv_heads, *arguments)
+        return out.to(q.dtype)
 
     def _run(self, kind: int, x: Codes, w: Packed, out: Tensor) -> None:
         if x.channels != w.channels:
@@ -100,7 +149,7 @@ class Vnni(CpuBackend):
             tile.panels_of_threads(threads, kind, x.rows, panels, *arguments)
 
 
-def _order(out: int, gated: bool) -> Int32[Tensor, " place"]:
+def _order(out: int, gated: bool) -> Int[Tensor, " place"]:
     """Which row of the weight stands at each place of the panels; −1: padding."""
     if not gated:
         order = torch.full((-(-out // WIDE) * WIDE,), -1)
@@ -113,8 +162,18 @@ def _order(out: int, gated: bool) -> Int32[Tensor, " place"]:
     return both.view(2, -1, HALF).transpose(0, 1).flatten()
 
 
-def _pick(rows: Tensor, order: Int32[Tensor, " place"]) -> Tensor:
+def _pick(rows: Tensor, order: Int[Tensor, " place"]) -> Tensor:
     """The rows in this order, zeros for padding."""
     picked = rows.contiguous()[order.clamp(min=0)]
     picked[order < 0] = 0
     return picked
+
+
+def _mask(mask: Tensor | None) -> tuple[int, Tensor | None]:
+    """A mask as the kernel reads it, rows contiguous in themselves."""
+    if mask is None:
+        return kernel.NO_MASK, None
+    mask = mask.float() if mask.dtype != torch.bool else mask
+    return (kernel.BOOLEAN if mask.dtype == torch.bool else kernel.ADDED), mask if mask.stride(
+        -1
+    ) == 1 else mask.contiguous()

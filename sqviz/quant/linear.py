@@ -1,9 +1,15 @@
-"""`quantize`: a model whose linears compute as if in integers, simulated in floating point (thesis §3.1, equation 3.2).
+"""`quantize`: a model whose linears compute in integers, really or acted out in floating point (thesis §3.1, eq. 3.2).
 
-Every linear Y = X Wᵀ of the blocks becomes X̂ Ŵᵀ: Ŵ is quantised once, X̂ at every forward pass, both come back to the
-model's dtype before the product. That is what an integer kernel computes, except that products are summed in floating
-point here. Biases, norms, attention products, embeddings and lm_head stay as they are, and so does a mixture's router:
-it decides *which* experts run, costs next to nothing, and the published kernels leave it in floating point too.
+Every linear Y = X Wᵀ of the blocks becomes X̂ Ŵᵀ, with Ŵ quantised once and X̂ at every forward pass.
+
+    backend="simulate"   both come back to the model's dtype before the product (simulate.py): any scheme, any size of
+                         integer, no gain in speed or memory
+    any other            codes are multiplied, sums are exact integers, weights are kept as INT8 and nothing else
+                         (execute.py): schemes whose steps can stand outside of the sum
+
+Both differ by the rounding of their floating-point part only. Biases, norms, attention products and embeddings stay as
+they are unless asked for, and so does a mixture's router: it decides *which* experts run, costs next to nothing, and
+the published kernels leave it in floating point too.
 
 Fused experts: each expert's Ŵ has steps of its own, the input of the first product is quantised once for all experts,
 that of the second one expert by expert. Per-tensor dynamic steps span whatever one forward pass holds, a batch too.
@@ -11,24 +17,23 @@ that of the second one expert by expert. Per-tensor dynamic steps span whatever 
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from sqviz_kernels.dispatch import backend_for
+from torch import nn
 
 from sqviz.errors import NoSuchLayer, SqvizError
 from sqviz.models.linears import Group, experts, groups, no_such_layer, weight
 from sqviz.models.lm import LM, share
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
-from sqviz.quant.quantize import fake_quantize, step_and_zero
-from sqviz.quant.scaled_linear import ScaledLinear
+from sqviz.quant import int8_attention
+from sqviz.quant.calibration import static_grids
 from sqviz.quant.schemes import Scheme
-from sqviz.quant.simulated import Grid, InputQuantizer, SimulatedExperts, SimulatedLinear
+from sqviz.quant.simulate import Simulator
 
 if TYPE_CHECKING:
-    from sqviz.observe.magnitudes import InputStats, Magnitudes
+    from sqviz.observe.magnitudes import Magnitudes
 
 
 def quantize(
@@ -38,6 +43,8 @@ def quantize(
     backend: str = "simulate",
     skip: str | Iterable[str] = (),
     *,
+    head: bool = False,
+    attention: bool = False,
     cancel: CancelToken | None = None,
     progress: bool = False,
 ) -> LM:
@@ -48,22 +55,25 @@ def quantize(
         scheme: granularities, bits, static or dynamic.
         magnitudes: from `sqviz.capture`, for the steps of a static scheme. May come from before or after smoothing:
             the recorded extrema of every channel are divided by the smoothing factors that were folded in since.
-        backend: "simulate": integers acted out in floating point.
+        backend: "simulate": integers acted out in floating point. "auto": executed by the best backend there is for the
+            model's device. Or one by name, see `sqviz.backends()`.
         skip: glob patterns over names of linears that stay in floating point, such as "*.down_proj".
+        head: also quantise lm_head, one step per token of its vocabulary, its input per token; a tied embedding then
+            reads its rows from the INT8 head. Not with "simulate".
+        attention: also compute QKᵀ and PV from codes, queries, keys and values per token and head (thesis Figure 3.3).
         cancel: stops the work between two linears.
         progress: show a progress bar (billions of weights take a while).
 
     Raises:
-        SqvizError: the scheme is static and `magnitudes` is missing or is another model's; an unknown backend; a linear
-            is quantised already or of a kind that is not known.
+        SqvizError: the scheme is static and `magnitudes` is missing or is another model's; an unknown backend; a scheme
+            that cannot be executed in integers; a linear is quantised already or of a kind that is not known.
+        Unavailable: the backend cannot run on this machine; the message says why.
         NoSuchLayer: a pattern matches nothing.
         NonFinite: a weight holds a NaN or an infinity.
         Cancelled: stopped through `cancel`.
     """
     if not isinstance(scheme, Scheme):
         raise SqvizError(f"scheme={scheme!r}: a sqviz.Scheme is needed, such as sqviz.SMOOTHQUANT_O1.")
-    if backend != "simulate":
-        raise SqvizError(f"backend={backend!r}: available is 'simulate' (integers acted out in floating point).")
     if scheme.static and magnitudes is None:
         raise SqvizError(
             f"{scheme!r} is static: its steps come from calibration. Give the magnitudes: "
@@ -71,18 +81,49 @@ def quantize(
         )
     pairs = [(group, name) for group in groups(lm) for name in group.consumers]
     skipped = _matching(skip, [name for _, name in pairs])
-    model = share(lm.model)
-    builder = _Builder(lm, scheme, magnitudes)
-    done: set[str] = set()
+    make = _simulated if backend == "simulate" else _executed
     with progress_bar(len(pairs), "quantising", unit="linears", cancel=cancel, show=progress) as bar:
-        for group, name in pairs:
+        model = make(lm, scheme, magnitudes, backend, skipped, head, bar.step)
+        if attention:
+            int8_attention.use(lm, model, None if backend == "simulate" else backend_for(backend, lm.device))
+    note = "; ".join(filter(None, [lm.note, scheme.describe() + ("" if backend == "simulate" else ", executed")]))
+    return lm.replace(model=model, note=note)
+
+
+def _simulated(lm, scheme, magnitudes, backend, skipped, head, step) -> nn.Module:
+    if head:
+        raise SqvizError("head=True is for models that execute in integers: give backend='auto'.")
+    model, simulator = share(lm.model), Simulator(lm, scheme, magnitudes)
+    done: set[str] = set()
+    for group in groups(lm):
+        for name in group.consumers:
             path = name.rpartition(".")[0] if experts(lm, name) else name
             if name not in skipped and path not in done and not is_router(lm, group, name):
                 done.add(path)
-                model.set_submodule(path, builder.build(name, path, skipped))
-            bar.step()
-    note = "; ".join(filter(None, [lm.note, scheme.describe()]))
-    return lm.replace(model=model, note=note)
+                model.set_submodule(path, simulator.build(name, path, skipped))
+            step()
+    return model
+
+
+def _executed(lm, scheme, magnitudes, backend, skipped, head, step) -> nn.Module:
+    from sqviz.quant.execute import Executor
+
+    steps = {}
+    if magnitudes is not None and scheme.static:
+        steps = {n: static_grids(lm, scheme, magnitudes, n)[0][0].reshape(1) for g in groups(lm) for n in g.consumers}
+    model = share(lm.model)
+    executor = Executor(lm, model, scheme, backend_for(backend, lm.device), steps)
+    parents = set()
+    for group in groups(lm):
+        names = [name for name in group.consumers if name not in skipped and not is_router(lm, group, name)]
+        executor.group(group, names)
+        parents.update(name.rpartition(".")[0] for name in names)
+        step(len(group.consumers))
+    for path in sorted(parents):
+        executor.mlp(path)
+    if head:
+        executor.head()
+    return model
 
 
 def is_router(lm: LM, group: Group, name: str) -> bool:
@@ -93,131 +134,6 @@ def is_router(lm: LM, group: Group, name: str) -> bool:
         if count and other != name and other.rpartition(".")[0].rpartition(".")[0] == beside:
             return not experts(lm, name) and weight(lm, name).shape[0] == count
     return False
-
-
-class _Builder:
-    """Makes the simulated module for each linear of one model."""
-
-    def __init__(self, lm: LM, scheme: Scheme, magnitudes: "Magnitudes | None") -> None:
-        self.lm, self.scheme = lm, scheme
-        self.magnitudes = magnitudes if scheme.static else None
-
-    def build(self, name: str, path: str, skipped: set[str]) -> nn.Module:
-        module = self.lm.model.get_submodule(path)
-        if isinstance(module, SimulatedLinear | SimulatedExperts):
-            raise SqvizError(f"{name} is quantised already. Quantise the model it was made from instead.")
-        if path != name:
-            return self._experts(module, path, skipped)
-        smoothing = module.input_scale if isinstance(module, ScaledLinear) else None
-        bias: Any = getattr(module, "bias", None)
-        if not _is_plain(module, weight(self.lm, name), bias):
-            raise SqvizError(
-                f"{name} is a {type(module).__name__}, which sqviz cannot simulate. Leave it in floating point: "
-                f"skip={[name]!r}."
-            )
-        return SimulatedLinear(self._weight(name), bias, self._quantizers(name)[0], smoothing)
-
-    def _experts(self, module: Any, path: str, skipped: set[str]) -> nn.Module:
-        plain = getattr(module, "has_gate", False) and hasattr(type(module), "_apply_gate")
-        if not plain or module.is_transposed or module.has_bias or getattr(module, "has_post_expert_norm", False):
-            raise SqvizError(
-                f"{path}: the inside of {type(module).__name__} cannot be quantised; known are gated experts with "
-                f"weights [expert out channel] and no bias. Leave them in floating point: skip={path + '.*'!r}."
-            )
-        up, down = f"{path}.gate_up_proj", f"{path}.down_proj"
-        outer = None if up in skipped else self._quantizers(up)[0]
-        inner = [None] if down in skipped else self._quantizers(down)
-        if len(inner) == 1:
-            inner = inner * module.num_experts
-        return SimulatedExperts(
-            module,
-            module.gate_up_proj if up in skipped else self._weight(up),
-            module.down_proj if down in skipped else self._weight(down),
-            outer,
-            None if inner[0] is None else [one for one in inner if one is not None],
-        )
-
-    def _weight(self, name: str) -> Float[Tensor, "*expert out channel"]:
-        """Ŵ; for fused experts each expert's on its own."""
-        original, count = weight(self.lm, name).detach(), experts(self.lm, name)
-        matrices = original.unflatten(0, (count, -1)) if count else original[None]
-        if self.scheme.weight is None:
-            return matrices if count else original
-        new = torch.stack(
-            [
-                fake_quantize(
-                    matrix,
-                    self.scheme.weight,
-                    self.scheme.bits_of_weights,
-                    self.scheme.symmetric,
-                    of="weight",
-                    name=f"the weight of {name}",
-                )
-                for matrix in matrices
-            ]
-        )
-        return new if count else new[0]
-
-    def _quantizers(self, name: str) -> list[InputQuantizer | None]:
-        """One quantiser of the input of `name`, or one per expert where experts have smoothing factors of their own."""
-        if self.scheme.activation is None:
-            return [None]
-        if self.magnitudes is None:
-            return [InputQuantizer(self.scheme, name)]
-        return [InputQuantizer(self.scheme, name, grid) for grid in self._grids(name, self.magnitudes)]
-
-    def _grids(self, name: str, magnitudes: "Magnitudes") -> list[Grid]:
-        """Static steps (and zero points) from the recorded extrema and what was folded in since."""
-        stats = magnitudes.inputs.get(name)
-        channels = weight(self.lm, name).shape[1]
-        if stats is None or stats.minimum.shape[-1] != channels:
-            held = "nothing" if stats is None else f"{stats.minimum.shape[-1]} channels"
-            raise SqvizError(
-                f"magnitudes of {magnitudes.model} hold {held} for {name}, which has {channels} channels: they come "
-                "from another model. Capture them from this one: sqviz.capture(lm, text)."
-            )
-        now, then = self.lm.scales.get(name), magnitudes.scales.get(name)
-        since = torch.ones(1, channels)
-        if now is not None:
-            since = since * now.float().cpu().reshape(-1, channels)  # [1 channel] or [expert channel]
-        if then is not None:
-            since = since / then.float().cpu().reshape(-1, channels)
-        low, high = _bounds(stats)
-        assert self.scheme.activation is not None
-        grids: list[Grid] = []
-        for extrema in torch.stack(torch.broadcast_tensors(low / since, high / since), 1):  # [2 channel] each
-            bounds = self.scheme.activation.extrema(extrema, "activation")
-            step, zero = step_and_zero(*bounds, self.scheme.bits, self.scheme.symmetric)
-            grids.append((step.to(self.lm.device), None if zero is None else zero.to(self.lm.device)))
-        return grids
-
-
-def _is_plain(module: nn.Module, matrix: Float[Tensor, "out channel"], bias: Tensor | None) -> bool:
-    """Whether the module computes X Wᵀ + b and nothing else; `ScaledLinear`'s division is known."""
-    forward = type(module).forward
-    if forward in (nn.Linear.forward, ScaledLinear.forward):
-        return True
-    if not isinstance(module, nn.Linear) and not hasattr(module, "nf"):  # nf: transformers' Conv1D
-        return False
-    x = torch.linspace(-1, 1, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)[None]
-    with torch.no_grad():
-        expected, got = nn.functional.linear(x, matrix, bias), module(x)
-    return isinstance(got, Tensor) and bool(torch.allclose(got, expected, rtol=1e-2, atol=1e-3))
-
-
-def _bounds(stats: "InputStats") -> tuple[Float[Tensor, "expert_or_1 channel"], Float[Tensor, "expert_or_1 channel"]]:
-    """The recorded minimum and maximum per channel: one row, or one per fused expert with an input of its own.
-
-    An expert that calibration sent no token takes the extrema over all experts.
-    """
-    low, high = stats.minimum[None].float(), stats.maximum[None].float()
-    if stats.expert_absmax is None:
-        return low, high
-    idle = torch.zeros(len(stats.expert_absmax), dtype=torch.bool)
-    if stats.expert_tokens is not None:
-        idle = stats.expert_tokens == 0
-    reach = torch.where(idle[:, None], stats.absmax, stats.expert_absmax)
-    return torch.maximum(low, -reach), torch.minimum(high, reach)
 
 
 def _matching(patterns: str | Iterable[str], names: Sequence[str]) -> set[str]:

@@ -11,12 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from sqviz.quant.calibration import Grid
 from sqviz.quant.granularity import Granularity
 from sqviz.quant.quantize import fake_quantize
 from sqviz.quant.schemes import Scheme
-
-Grid = tuple[Tensor, Tensor | None]
-"""A step and a zero point (None: symmetric)."""
 
 
 class InputQuantizer(nn.Module):

@@ -1,0 +1,188 @@
+"""Making a model that executes in integers: its linears become products of codes (w8a8.py), fused where that is exact.
+
+What can be fused is found by trying, not by class: a norm is taken over if it computes RMSNorm or LayerNorm, an MLP if
+it computes down(SiLU(gate(x)) · up(x)), both on numbers of their own.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from sqviz_kernels import spec
+from sqviz_kernels.backend import Backend
+from sqviz_kernels.spec import Norm as NormKind
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sqviz.errors import SqvizError
+from sqviz.models.arch import Norm
+from sqviz.models.linears import Group, weight
+from sqviz.models.lm import LM
+from sqviz.quant.granularity import PerChannel, PerTensor, PerToken
+from sqviz.quant.plain import is_plain
+from sqviz.quant.quantize import quantize_tensor
+from sqviz.quant.scaled_linear import ScaledLinear
+from sqviz.quant.schemes import Scheme
+from sqviz.quant.w8a8 import Site, W8A8Embedding, W8A8Linear, W8A8Norm, gated, merged
+
+TRIED = 1e-3
+"""Largest relative difference between a module and what it is taken for; half precision is tried in float32."""
+
+
+def check_executable(scheme: Scheme) -> None:
+    """Raise `SqvizError` if integers alone cannot compute this scheme, naming what stands in the way."""
+    troubles = []
+    if not isinstance(scheme.activation, PerTensor | PerToken):
+        troubles.append(f"activation={scheme.activation!r}: PerTensor() or PerToken() is needed")
+    if not isinstance(scheme.weight, PerTensor | PerChannel):
+        troubles.append(f"weight={scheme.weight!r}: PerTensor() or PerChannel() is needed")
+    if not scheme.symmetric:
+        troubles.append("symmetric=False: products of codes with zero points are not executed")
+    if scheme.bits != 8:
+        troubles.append(f"bits={scheme.bits}: activations are executed in 8 bits")
+    if troubles:
+        raise SqvizError(
+            f"{scheme!r} cannot be executed in integers: {'; '.join(troubles)} (a step can stand outside of an integer "
+            "sum only if it is the same for all channels). Use backend='simulate'."
+        )
+
+
+class Executor:
+    """Replaces the linears of a shared copy of one model."""
+
+    def __init__(
+        self, lm: LM, model: nn.Module, scheme: Scheme, backend: Backend, steps: Mapping[str, Float[Tensor, "1"]]
+    ) -> None:
+        """Take note.
+
+        Args:
+            lm: the model, as it was.
+            model: a shared copy of it, to be changed.
+            scheme: see `check_executable`.
+            backend: who computes.
+            steps: the static step of each linear's input, by name; empty for a dynamic scheme.
+        """
+        check_executable(scheme)
+        self.lm, self.model, self.scheme, self.backend, self.steps = lm, model, scheme, backend, steps
+        self.share: spec.Share = "token" if isinstance(scheme.activation, PerToken) else "tensor"
+
+    def group(self, group: Group, names: Iterable[str]) -> None:
+        """Replace these linears of a group, all of them ordinary ones."""
+        for divisor, together in self._by_divisor(names):
+            step = self.steps.get(together[0])
+            site = Site(self.backend, self.share, step, divisor, together)
+            for some, pair in self._products(together):
+                linears = merged(self.backend, site, [self._codes(name) for name in some], gated=pair)
+                for name, linear in zip(some, linears, strict=True):
+                    self.model.set_submodule(name, linear)
+            if divisor is None and isinstance(group.fold, Norm):
+                self._norm(group.fold, site)
+
+    def head(self) -> None:
+        """Replace the head, and the embedding too where they are tied; the head's input is quantised per token."""
+        head = cast(nn.Module, self.lm.model.get_output_embeddings())  # type: ignore[operator]
+        embedding = cast(nn.Module, self.lm.model.get_input_embeddings())  # type: ignore[operator]
+        if type(head) is not nn.Linear:
+            raise SqvizError(f"head=True: the head is a {type(head).__name__}, not a plain linear; use head=False.")
+        found = quantize_tensor(head.weight.detach(), PerChannel(), of="weight", name="the head's weight")
+        site = Site(self.backend, "token", names=("lm_head",))
+        linear = merged(self.backend, site, [(found.values, found.step, head.bias)])[0]
+        self.model.set_output_embeddings(linear)  # type: ignore[operator]
+        if embedding.weight is head.weight:
+            if type(embedding) is not nn.Embedding:
+                raise SqvizError(f"head=True: the tied embedding is a {type(embedding).__name__}; use head=False.")
+            self.model.set_input_embeddings(W8A8Embedding(linear, self.lm.dtype))  # type: ignore[operator]
+
+    def mlp(self, path: str) -> None:
+        """Fuse a gated MLP whose linears are replaced by now."""
+        module = self.model.get_submodule(path)
+        children = dict(module.named_children())
+        front = children.get("gate_up_proj", children.get("gate_proj"))
+        back = children.get("down_proj")
+        plain = isinstance(front, W8A8Linear) and front.product.gated and isinstance(back, W8A8Linear)
+        if plain and back.site.divisor is None:
+            module.__class__ = gated(type(module))
+            # not as children: they are there already, under their own names
+            module.__dict__.update(front=front, back=back)
+
+    def _codes(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """W̄, its steps and the bias of a linear."""
+        module = self.lm.model.get_submodule(name)
+        bias: Any = getattr(module, "bias", None)
+        matrix = weight(self.lm, name).detach()
+        if isinstance(module, W8A8Linear):
+            raise SqvizError(f"{name} is quantised already. Quantise the model it was made from instead.")
+        if not is_plain(module, matrix, bias):
+            raise SqvizError(
+                f"{name} is a {type(module).__name__}, which sqviz cannot execute in integers. Leave it in floating "
+                f"point: skip={[name]!r}."
+            )
+        assert self.scheme.weight is not None
+        found = quantize_tensor(
+            matrix, self.scheme.weight, self.scheme.bits_of_weights, of="weight", name=f"the weight of {name}"
+        )
+        return found.values, found.step, bias
+
+    def _by_divisor(self, names: Iterable[str]) -> list[tuple[Tensor | None, list[str]]]:
+        """The names, those together that divide their input by the same s or by none."""
+        found: list[tuple[Tensor | None, list[str]]] = []
+        for name in names:
+            module = self.lm.model.get_submodule(name)
+            s = module.input_scale if isinstance(module, ScaledLinear) else None
+            for other, together in found:
+                if other is s or (other is not None and s is not None and torch.equal(other, s)):
+                    together.append(name)
+                    break
+            else:
+                found.append((s, [name]))
+        return found
+
+    def _products(self, names: list[str]) -> list[tuple[list[str], bool]]:
+        """Which of these make one product each, and whether it is one of gates and ups."""
+        pair, rest = [], []
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            fused = leaf in ("gate_proj", "up_proj", "gate_up_proj") and self._is_gated(parent, names)
+            (pair if fused else rest).append(name)
+        return [(some, fused) for some, fused in ((rest, False), (pair, True)) if some]
+
+    def _is_gated(self, path: str, names: list[str]) -> bool:
+        """Whether the module computes down(SiLU(gate(x)) · up(x)), and all of its front is among the names."""
+        module = self.lm.model.get_submodule(path)
+        front = [child for child in ("gate_proj", "up_proj", "gate_up_proj") if hasattr(module, child)]
+        if front not in (["gate_proj", "up_proj"], ["gate_up_proj"]) or not hasattr(module, "down_proj"):
+            return False
+        if any(f"{path}.{child}" not in names for child in front):
+            return False
+        first, down = getattr(module, front[0]), module.down_proj
+        if not isinstance(first, nn.Linear) or not isinstance(down, nn.Linear):
+            return False
+        x = torch.linspace(-1, 1, first.in_features, dtype=first.weight.dtype, device=first.weight.device)[None]
+        with torch.no_grad():
+            made = torch.cat([getattr(module, child)(x) for child in front], -1)
+            gate, up = made.chunk(2, -1)
+            return _close(module(x), down(F.silu(gate) * up))
+
+    def _norm(self, fold: Norm, site: Site) -> None:
+        """Let the norm leave the codes of its output, if it is one that the kernels compute."""
+        norm = self.model.get_submodule(fold.path)
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if isinstance(norm, W8A8Norm) or not isinstance(eps, float):
+            return
+        gain = cast(Tensor, norm.weight).detach().float() + float(fold.plus_one)
+        bias = getattr(norm, "bias", None)
+        x = torch.linspace(-2, 3, len(gain), device=gain.device)[None].to(cast(Tensor, norm.weight).dtype)
+        for kind in ("rms", "layer"):
+            with torch.no_grad():
+                if _close(norm(x), spec.norm(x, gain, bias, eps, cast(NormKind, kind))):
+                    self.model.set_submodule(fold.path, W8A8Norm(norm, cast(NormKind, kind), eps, fold.plus_one, site))
+                    return
+
+
+def _close(got: Any, expected: Tensor) -> bool:
+    """Whether it is a tensor that differs by rounding only."""
+    if not isinstance(got, Tensor) or got.shape != expected.shape:
+        return False
+    tolerance = TRIED if got.dtype in (torch.float32, torch.float64) else 20 * TRIED
+    return bool((got.float() - expected.float()).norm() <= tolerance * expected.float().norm())

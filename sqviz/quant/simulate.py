@@ -1,0 +1,95 @@
+"""Making a model that acts integers out in floating point: each linear becomes a module of simulated.py."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sqviz.errors import SqvizError
+from sqviz.models.linears import experts, weight
+from sqviz.models.lm import LM
+from sqviz.quant.calibration import static_grids
+from sqviz.quant.plain import is_plain
+from sqviz.quant.quantize import fake_quantize
+from sqviz.quant.scaled_linear import ScaledLinear
+from sqviz.quant.schemes import Scheme
+from sqviz.quant.simulated import InputQuantizer, SimulatedExperts, SimulatedLinear
+
+if TYPE_CHECKING:
+    from sqviz.observe.magnitudes import Magnitudes
+
+
+class Simulator:
+    """Makes the simulated module for each linear of one model."""
+
+    def __init__(self, lm: LM, scheme: Scheme, magnitudes: "Magnitudes | None") -> None:
+        self.lm, self.scheme = lm, scheme
+        self.magnitudes = magnitudes if scheme.static else None
+
+    def build(self, name: str, path: str, skipped: set[str]) -> nn.Module:
+        module = self.lm.model.get_submodule(path)
+        if isinstance(module, SimulatedLinear | SimulatedExperts):
+            raise SqvizError(f"{name} is quantised already. Quantise the model it was made from instead.")
+        if path != name:
+            return self._experts(module, path, skipped)
+        smoothing = module.input_scale if isinstance(module, ScaledLinear) else None
+        bias: Any = getattr(module, "bias", None)
+        if not is_plain(module, weight(self.lm, name), bias):
+            raise SqvizError(
+                f"{name} is a {type(module).__name__}, which sqviz cannot simulate. Leave it in floating point: "
+                f"skip={[name]!r}."
+            )
+        return SimulatedLinear(self._weight(name), bias, self._quantizers(name)[0], smoothing)
+
+    def _experts(self, module: Any, path: str, skipped: set[str]) -> nn.Module:
+        plain = getattr(module, "has_gate", False) and hasattr(type(module), "_apply_gate")
+        if not plain or module.is_transposed or module.has_bias or getattr(module, "has_post_expert_norm", False):
+            raise SqvizError(
+                f"{path}: the inside of {type(module).__name__} cannot be quantised; known are gated experts with "
+                f"weights [expert out channel] and no bias. Leave them in floating point: skip={path + '.*'!r}."
+            )
+        up, down = f"{path}.gate_up_proj", f"{path}.down_proj"
+        outer = None if up in skipped else self._quantizers(up)[0]
+        inner = [None] if down in skipped else self._quantizers(down)
+        if len(inner) == 1:
+            inner = inner * module.num_experts
+        return SimulatedExperts(
+            module,
+            module.gate_up_proj if up in skipped else self._weight(up),
+            module.down_proj if down in skipped else self._weight(down),
+            outer,
+            None if inner[0] is None else [one for one in inner if one is not None],
+        )
+
+    def _weight(self, name: str) -> Float[Tensor, "*expert out channel"]:
+        """Ŵ; for fused experts each expert's on its own."""
+        original, count = weight(self.lm, name).detach(), experts(self.lm, name)
+        matrices = original.unflatten(0, (count, -1)) if count else original[None]
+        if self.scheme.weight is None:
+            return matrices if count else original
+        new = torch.stack(
+            [
+                fake_quantize(
+                    matrix,
+                    self.scheme.weight,
+                    self.scheme.bits_of_weights,
+                    self.scheme.symmetric,
+                    of="weight",
+                    name=f"the weight of {name}",
+                )
+                for matrix in matrices
+            ]
+        )
+        return new if count else new[0]
+
+    def _quantizers(self, name: str) -> list[InputQuantizer | None]:
+        """One quantiser of the input of `name`, or one per expert where experts have smoothing factors of their own."""
+        if self.scheme.activation is None:
+            return [None]
+        if self.magnitudes is None:
+            return [InputQuantizer(self.scheme, name)]
+        return [
+            InputQuantizer(self.scheme, name, grid)
+            for grid in static_grids(self.lm, self.scheme, self.magnitudes, name)
+        ]
