@@ -19,7 +19,8 @@ CONDA_NAMES = {"torch": "pytorch-cpu"}
 
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 required = [Requirement(line) for line in project["dependencies"]]
-everything = required + [Requirement(line) for line in project["optional-dependencies"]["dev"]]
+extras = {name: [Requirement(line) for line in lines] for name, lines in project["optional-dependencies"].items()}
+everything = required + [wanted for lines in extras.values() for wanted in lines]
 pins = {
     line.split("==")[0]: line.split("==")[1]
     for line in (ROOT / "constraints.txt").read_text().split()
@@ -53,6 +54,7 @@ COMES_WITH = {  # what we import without asking for it, and the dependency of ou
     "traitlets": "ipywidgets",
 }
 CALLED = {"PIL": "pillow"}
+OURS = {"sqviz", "sqviz_kernels"}
 OPTIONAL = {"latex2mathml"}  # says how to get it
 
 
@@ -62,7 +64,7 @@ def test_sqviz_asks_for_every_package_that_it_imports():
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"sqviz"}:
+            for name in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - OURS:
                 package = CALLED.get(name, COMES_WITH.get(name, name))
                 assert package in asked or name in OPTIONAL, f"{path} imports {name}: add it to pyproject.toml"
 
@@ -73,9 +75,14 @@ def test_nothing_else_is_pinned():
 
 @pytest.mark.parametrize("wanted", everything, ids=lambda r: r.name)
 def test_what_is_installed_here_is_what_is_pinned(wanted):
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    assert version(wanted.name).split("+")[0] == pins[wanted.name], "run `make setup`"
+    try:
+        installed = version(wanted.name)
+    except PackageNotFoundError:
+        assert wanted in extras["gpu"], "run `make setup`"
+        pytest.skip("the extra 'gpu' is not installed: make setup EXTRAS=dev,gpu")
+    assert installed.split("+")[0] == pins[wanted.name], "run `make setup`"
 
 
 @pytest.mark.parametrize("path", ["environment.yml", "binder/environment.yml"])
@@ -109,6 +116,11 @@ def test_ci_runs_what_the_contributor_runs():
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
 
 
+def test_ci_installs_the_compilers_for_gpus():
+    assert "export EXTRAS=dev,gpu" in (ROOT / ".ci/run").read_text()
+    assert set(extras) == {"dev", "gpu"}
+
+
 @pytest.mark.parametrize("script", [".ci/run", ".ci/floor", "binder/postBuild", "binder/start"])
 def test_scripts_can_be_run(script):
     assert os.access(ROOT / script, os.X_OK)
@@ -139,7 +151,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 @needs_make
 def test_make_has_the_targets_of_the_read_me():
-    for target in ("setup", "lab", "demo", "test", "bench"):
+    for target in ("setup", "lab", "demo", "test", "bench", "gpu-check"):
         assert make("-n", target).returncode == 0
 
 
