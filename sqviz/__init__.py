@@ -34,6 +34,7 @@ _HOMES = {
     ],
     "sqviz.quant.smooth": ["smooth"],
     "sqviz.quant.linear": ["quantize"],
+    "sqviz.quant.int8_cache": ["Int8Cache"],
     "sqviz.streaming.policies": ["Dense", "Window", "Sinks", "Recompute"],
     "sqviz.streaming.cache": ["SinkCache"],
     "sqviz.streaming.generate": ["stream_generate", "StreamStep"],

@@ -23,7 +23,7 @@ ORDER = [
 ]
 LINE = {name: number for number, names in enumerate(ORDER) for name in names}
 # define a subclass of a transformers class, and are themselves imported on first use only
-EXTEND_TRANSFORMERS = {"streaming.cache", "streaming.layer"}
+EXTEND_TRANSFORMERS = {"quant.int8_cache", "streaming.cache", "streaming.layer"}
 SHOWN_BY = {"plots", "widgets"}  # what a result's show methods may import, inside the function
 
 modules = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -31,6 +31,11 @@ class Codes:
     rows: int
     channels: int
 
+    def take(self, which: Int[Tensor, " row"]) -> "Codes":
+        """Some of the rows."""
+        step = self.step if len(self.step) == 1 and self.rows != 1 else self.step[which]
+        return Codes(self.values[which], step, len(which), self.channels)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
@@ -73,7 +78,7 @@ class Backend:
         bias: Float[Tensor, " out"] | None = None,
         gated: bool = False,
     ) -> Packed:
-        """Take over the codes of a weight, stacked gate and up if `gated`. Raises `SqvizError` if int32 could overflow."""
+        """Take over the codes of a weight, gate and up stacked if `gated`. Raises `SqvizError` if it is too wide."""
         raise NotImplementedError
 
     def unpack(self, packed: Packed) -> Int8[Tensor, "out channel"]:

@@ -41,7 +41,7 @@ def threads_for(work: int, worth: int = WORTH_THREADS) -> int:
 
 
 def launching() -> AbstractContextManager[Any]:
-    """Held around a kernel with threads: one at a time where numba's threads cannot be shared (they abort otherwise)."""
+    """Held around a kernel with threads: one at a time where numba's threads cannot be shared (they would abort)."""
     try:
         safe = numba.threading_layer() in ("omp", "tbb")
     except ValueError:  # nothing was launched so far
@@ -147,8 +147,8 @@ class CpuBackend(Backend):
         arguments = (*source, norm, pointers[0], pointers[1], np.float32(eps), pointers[2])
 
         def go(given: np.float32, codes_at: int) -> None:
-            after = (0, 0) if y is None else (y.data_ptr(), y.stride(0) * y.element_size())
-            after = (*after, codes_at, stride, shift, steps.data_ptr())
+            to = (0, 0) if y is None else (y.data_ptr(), y.stride(0) * y.element_size())
+            after = (*to, codes_at, stride, shift, steps.data_ptr())
             bad = run(threads, loops.quantise_rows, loops.quantise_rows_threads, rows, *arguments, given, *after)
             if bad:
                 raise NonFinite(

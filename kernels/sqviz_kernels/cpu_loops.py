@@ -24,13 +24,13 @@ _TINY = np.float32(np.finfo(np.float32).tiny)
 _TOP = np.float32(127)
 
 
-def _pointer(kind):  # type: ignore[no-untyped-def]
+def _pointer(kind):
     """A numba function that reads an address as a pointer to `kind`."""
     target = types.CPointer(kind)
 
     @intrinsic
-    def pointer(typing, address):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def pointer(typing, address):
+        def generate(context, builder, signature, arguments):
             return builder.inttoptr(arguments[0], context.get_value_type(target))
 
         return target(types.intp), generate
@@ -39,30 +39,31 @@ def _pointer(kind):  # type: ignore[no-untyped-def]
 
 
 floats, ints, shorts, bytes_ = (_pointer(kind) for kind in (types.float32, types.int32, types.uint16, types.uint8))
+codes_ = _pointer(types.int8)
 
 
 @intrinsic
-def as_float(typing, bits):  # type: ignore[no-untyped-def]
+def as_float(typing, bits):
     """The float32 with these bits."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
 
 
 @intrinsic
-def as_bits(typing, value):  # type: ignore[no-untyped-def]
+def as_bits(typing, value):
     """The bits of a float32."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], cgutils.int32_t)
 
     return types.int32(types.float32), generate
 
 
 @njit(nogil=True, error_model="numpy", inline="always")
-def bfloat(value):  # type: ignore[no-untyped-def]
+def bfloat(value):
     """The bits of a finite float32 rounded to bfloat16, halves to even."""
     bits = as_bits(value)
     odd = np.int32(np.int32(bits >> np.int32(16)) & np.int32(1))
@@ -70,7 +71,7 @@ def bfloat(value):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def read_row(address, kind, buffer):  # type: ignore[no-untyped-def]
+def read_row(address, kind, buffer):
     """One row of float32 or bfloat16 into a float32 buffer."""
     if kind == BF16:
         row = carray(shorts(address), len(buffer))
@@ -83,7 +84,7 @@ def read_row(address, kind, buffer):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def write_row(address, kind, row):  # type: ignore[no-untyped-def]
+def write_row(address, kind, row):
     """A float32 row into memory as float32 or bfloat16."""
     if kind == BF16:
         target = carray(shorts(address), len(row))
@@ -96,7 +97,7 @@ def write_row(address, kind, row):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def absmax_bits(row):  # type: ignore[no-untyped-def]
+def absmax_bits(row):
     """The bits of max|x|; above those of infinity if there is a NaN."""
     bits = row.view(np.int32)
     most = np.int32(0)
@@ -106,27 +107,27 @@ def absmax_bits(row):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def step_of(bits):  # type: ignore[no-untyped-def]
-    """Δ from the bits of max|x|."""
-    step = np.float32(as_float(bits) / _TOP)
+def step_of(bits, top=_TOP):
+    """Δ from the bits of max|x|; `top` is the largest code."""
+    step = np.float32(as_float(bits) / top)
     return np.float32(0) if step < _TINY else step
 
 
 @njit(nogil=True, error_model="numpy")
-def write_codes(row, step, address, shift):  # type: ignore[no-untyped-def]
-    """⌈x / Δ⌋ + shift as bytes; shift 128 makes uint8 codes, 0 the bits of int8 ones."""
+def write_codes(row, step, address, shift, top=_TOP):
+    """⌈x / Δ⌋ + shift as bytes, within ±top; shift 128 makes uint8 codes, 0 the bits of int8 ones."""
     codes = carray(bytes_(address), len(row))
     if step == 0:
         for i in range(len(row)):
             codes[i] = np.uint8(shift)
         return
     for i in range(len(row)):
-        code = min(max(np.rint(np.float32(row[i] / step)), -_TOP), _TOP)
+        code = min(max(np.rint(np.float32(row[i] / step)), -top), top)
         codes[i] = np.uint8(np.int32(np.int32(code) + np.int32(shift)))
 
 
 @njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
-def _sum_squares(row):  # type: ignore[no-untyped-def]
+def _sum_squares(row):
     total = np.float32(0)
     for i in range(len(row)):
         total += row[i] * row[i]
@@ -134,7 +135,7 @@ def _sum_squares(row):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
-def _sum(row):  # type: ignore[no-untyped-def]
+def _sum(row):
     total = np.float32(0)
     for i in range(len(row)):
         total += row[i]
@@ -142,7 +143,7 @@ def _sum(row):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def norm_row(row, norm, gain, bias, eps):  # type: ignore[no-untyped-def]
+def norm_row(row, norm, gain, bias, eps):
     """RMSNorm or LayerNorm of one row, in place."""
     count = np.float32(len(row))
     if norm == LAYER:
@@ -177,7 +178,7 @@ def quantise_rows(
     code_stride,
     shift,
     steps,
-):  # type: ignore[no-untyped-def]
+):
     """Rows first … stop − 1: norm if asked for, Y written if y is not 0, absmax, codes if codes is not 0.
 
     given: the static step; below 0: one per row. steps receives Δ per row (dynamic). Without codes: the bits of max|x|.
@@ -235,7 +236,7 @@ def quantise_rows_threads(
     code_stride,
     shift,
     steps,
-):  # type: ignore[no-untyped-def]
+):
     """All rows, dealt out."""
     bad = 0
     for t in prange(threads):

@@ -113,21 +113,24 @@ class Vnni(CpuBackend):
         if dims % 4:
             q, k = (torch.nn.functional.pad(t, (0, 4 - dims % 4)) for t in (q, k))
         codes = self._quantise(q.reshape(-1, q.shape[3]), None, "token")
-        k, v, k_step, v_step = (t.contiguous() for t in (k, v, k_step.float(), v_step.float()))
+        k, v, k_step, v_step = (_by_head(t) for t in (k, v, k_step.float(), v_step.float()))
         kind, mask = _mask(mask)
         strides = (
-            (0, 0, 0) if mask is None else tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride()))[:3]
+            (0, 0, 0)
+            if mask is None
+            else tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))[:3]
         )
         size = 0 if mask is None else mask.element_size()
         arguments = (
-            *(heads, heads // kv_heads, queries, keys, q.shape[3], dims_v),
-            *(codes.values.data_ptr(), codes.values.stride(0), codes.step.data_ptr()),
-            *(k.data_ptr(), k.shape[3], k_step.data_ptr(), v.data_ptr(), dims_v, v_step.data_ptr()),
+            (heads, heads // kv_heads, queries, keys, q.shape[3], dims_v),
+            (codes.values.data_ptr(), codes.values.stride(0), codes.step.data_ptr()),
+            (k.data_ptr(), k.stride(1), k.stride(2), k_step.data_ptr(), 4 * k_step.stride(1)),
+            (v.data_ptr(), v.stride(1), v.stride(2), v_step.data_ptr(), 4 * v_step.stride(1)),
             *(np.float32(scaling), -1 if causal_from is None else causal_from),
-            *(kind, 0 if mask is None else mask.data_ptr(), *(size * stride for stride in strides)),
-            *(out.data_ptr(), _KINDS[out.dtype], dims_v * out.element_size()),
+            (kind, 0 if mask is None else mask.data_ptr(), *(size * stride for stride in strides)),
+            (out.data_ptr(), _KINDS[out.dtype], dims_v * out.element_size()),
         )
-        threads = threads_for(codes.rows * keys * dims, WORTH_THREADS)
+        threads = threads_for(codes.rows * keys * dims, 4 * WORTH_THREADS)
         run(threads, kernel.heads_of, kernel.heads_of_threads, batch * kv_heads, *arguments)
         return out.to(q.dtype)
 
@@ -167,6 +170,12 @@ def _pick(rows: Tensor, order: Int[Tensor, " place"]) -> Tensor:
     picked = rows.contiguous()[order.clamp(min=0)]
     picked[order < 0] = 0
     return picked
+
+
+def _by_head(states: Tensor) -> Tensor:
+    """Codes or steps whose heads lie at equal distances, through all sequences; a view of a longer buffer may stay."""
+    even = states.shape[0] == 1 or states.stride(0) == states.shape[1] * states.stride(1)
+    return states if even and states.stride(-1) == 1 else states.contiguous()
 
 
 def _mask(mask: Tensor | None) -> tuple[int, Tensor | None]:

@@ -22,46 +22,54 @@ from numba.extending import intrinsic
 HAVE_VNNI = bool(binding.get_host_cpu_features().get("avx512vnni"))
 WIDE = 32
 """Out channels per panel."""
-L2_BYTES = 1 << 18
+L2BYTES = 1 << 18
 """Weight that stays in a core's second-level cache while all rows pass by."""
 F32, BF16, GATE = 0, 1, 2
 """What the epilogue stores."""
 
 _I8, _I16, _I32, _I64, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_INTS, _FLOATS, _SHORTS = ir.VectorType(_I32, 16), ir.VectorType(_FLOAT, 16), ir.VectorType(_I16, 16)
-_BYTES = ir.VectorType(_I8, 64) if binding.llvm_version_info[0] >= 22 else _INTS  # what vpdpbusd takes
+INTS, _FLOATS, _SHORTS = ir.VectorType(_I32, 16), ir.VectorType(_FLOAT, 16), ir.VectorType(_I16, 16)
+BYTES = ir.VectorType(_I8, 64) if binding.llvm_version_info[0] >= 22 else INTS  # what vpdpbusd takes
 
 
-class _Emit:
+class Emit:
     """Short names for the instructions that a tile is made of."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
 
     def at(self, base: ir.Value, offset: int) -> ir.Value:
+        """An address some bytes further."""
         return self.b.add(base, ir.Constant(_I64, offset)) if offset else base
 
     def load(self, address: ir.Value, kind: ir.Type) -> ir.Value:
+        """What lies at an address, aligned or not."""
         return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=1)
 
     def store(self, value: ir.Value, address: ir.Value) -> None:
+        """Put it there."""
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=1)
 
     def spread(self, scalar: ir.Value, kind: ir.VectorType) -> ir.Value:
+        """A vector of one number."""
         one = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
-        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(_INTS, None))
+        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(INTS, None))
 
     def call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+        """An intrinsic of LLVM's."""
         kind = ir.FunctionType(result, [a.type for a in arguments])
         return self.b.call(self.b.module.declare_intrinsic(name, (), kind), arguments)
 
     def floats(self, value: float) -> ir.Value:
+        """16 times a constant."""
         return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, value)] * 16)
 
     def ints(self, value: int) -> ir.Value:
-        return ir.Constant(_INTS, [ir.Constant(_I32, value)] * 16)
+        """16 times a constant."""
+        return ir.Constant(INTS, [ir.Constant(_I32, value)] * 16)
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """x · y + z, rounded once."""
         return self.call("llvm.fma.v16f32", _FLOATS, x, y, z)
 
     def exp(self, x: ir.Value) -> ir.Value:
@@ -78,7 +86,7 @@ class _Emit:
         p = self.floats(1.0 / 5040)
         for divisor in (720, 120, 24, 6, 2, 1, 1):
             p = self.fma(p, r, self.floats(1.0 / divisor))
-        power = self.b.shl(self.b.add(self.b.fptosi(n, _INTS), self.ints(127)), self.ints(23))
+        power = self.b.shl(self.b.add(self.b.fptosi(n, INTS), self.ints(127)), self.ints(23))
         return self.b.fmul(p, self.b.bitcast(power, _FLOATS))
 
     def silu(self, x: ir.Value) -> ir.Value:
@@ -87,15 +95,15 @@ class _Emit:
 
     def bfloat(self, x: ir.Value) -> ir.Value:
         """The upper halves, rounded to even."""
-        bits = self.b.bitcast(x, _INTS)
+        bits = self.b.bitcast(x, INTS)
         odd = self.b.and_(self.b.lshr(bits, self.ints(16)), self.ints(1))
         return self.b.trunc(self.b.lshr(self.b.add(self.b.add(bits, odd), self.ints(0x7FFF)), self.ints(16)), _SHORTS)
 
 
-def _sums(emit: _Emit, rows: int, x: ir.Value, stride: ir.Value, w: ir.Value, fours: ir.Value, start: ir.Value):  # type: ignore[no-untyped-def]
+def _sums(emit: Emit, rows: int, x: ir.Value, stride: ir.Value, w: ir.Value, fours: ir.Value, start: ir.Value):
     """The int32 sums of a tile, [row][half], after a loop over four channels at a time."""
     b = emit.b
-    first = [emit.load(emit.at(start, 64 * half), _INTS) for half in (0, 1)]
+    first = [emit.load(emit.at(start, 64 * half), INTS) for half in (0, 1)]
     row = [x]
     for _ in range(1, rows):
         row.append(b.add(row[-1], stride))
@@ -104,16 +112,16 @@ def _sums(emit: _Emit, rows: int, x: ir.Value, stride: ir.Value, w: ir.Value, fo
     b.position_at_end(loop)
     four = b.phi(_I64)
     four.add_incoming(ir.Constant(_I64, 0), entry)
-    sums = [[b.phi(_INTS) for _ in (0, 1)] for _ in range(rows)]
+    sums = [[b.phi(INTS) for _ in (0, 1)] for _ in range(rows)]
     panel = b.add(w, b.shl(four, ir.Constant(_I64, 7)))
-    weights = [emit.load(emit.at(panel, 64 * half), _BYTES) for half in (0, 1)]
+    weights = [emit.load(emit.at(panel, 64 * half), BYTES) for half in (0, 1)]
     along, new = b.shl(four, ir.Constant(_I64, 2)), []
     for index in range(rows):
-        codes = emit.spread(emit.load(b.add(row[index], along), _I32), _INTS)
-        codes = codes if _BYTES is _INTS else b.bitcast(codes, _BYTES)
+        codes = emit.spread(emit.load(b.add(row[index], along), _I32), INTS)
+        codes = codes if BYTES is INTS else b.bitcast(codes, BYTES)
         new.append(
             [
-                emit.call("llvm.x86.avx512.vpdpbusd.512", _INTS, sums[index][half], codes, weights[half])
+                emit.call("llvm.x86.avx512.vpdpbusd.512", INTS, sums[index][half], codes, weights[half])
                 for half in (0, 1)
             ]
         )
@@ -128,14 +136,14 @@ def _sums(emit: _Emit, rows: int, x: ir.Value, stride: ir.Value, w: ir.Value, fo
     return new
 
 
-def _tile(rows: int, kind: int):  # type: ignore[no-untyped-def]
+def _tile(rows: int, kind: int):
     """A numba function of addresses that computes one tile and stores what `kind` says."""
 
     @intrinsic
-    def tile(typing, x, x_stride, w, fours, start, x_step, step_stride, w_step, bias, out, out_stride):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def tile(typing, x, x_stride, w, fours, start, x_step, step_stride, w_step, bias, out, out_stride):
+        def generate(context, builder, signature, arguments):
             x, x_stride, w, fours, start, x_step, step_stride, w_step, bias, out, out_stride = arguments
-            emit = _Emit(builder)
+            emit = Emit(builder)
             sums = _sums(emit, rows, x, x_stride, w, fours, start)
             scales = [emit.load(emit.at(w_step, 64 * half), _FLOATS) for half in (0, 1)]
             biases = [emit.load(emit.at(bias, 64 * half), _FLOATS) for half in (0, 1)]
@@ -170,11 +178,11 @@ _g12, _g4, _g1 = _tile(12, GATE), _tile(4, GATE), _tile(1, GATE)
 @njit(nogil=True, error_model="numpy", cache=True)
 def panels_of(
     kind, first, stop, left, right, x, x_stride, w, fours, start, x_step, step_stride, w_step, bias, out, out_stride
-):  # type: ignore[no-untyped-def]
+):
     """Rows first … stop − 1 times panels left … right − 1; all addresses are those of row 0 and panel 0."""
     panel = fours * 4 * WIDE
     wide = 4 * WIDE if kind == F32 else 2 * WIDE
-    group = max(1, L2_BYTES // panel)
+    group = max(1, L2BYTES // panel)
     for begin in range(left, right, group):
         row = first
         while row < stop:
@@ -208,7 +216,7 @@ def panels_of(
 @njit(nogil=True, parallel=True, error_model="numpy", cache=True)
 def panels_of_threads(
     threads, kind, rows, panels, x, x_stride, w, fours, start, x_step, step_stride, w_step, bias, out, out_stride
-):  # type: ignore[no-untyped-def]
+):
     """All rows times all panels, dealt out by rows where there are many, else by panels."""
     by_rows, tiles = rows >= 24 * threads, (rows + 11) // 12
     for t in prange(threads):

@@ -20,7 +20,7 @@ from sqviz.errors import NonFinite, SqvizError
 from sqviz.progress import CancelToken
 from sqviz.quant import integer
 from sqviz.quant.granularity import PerChannel, PerTensor
-from sqviz.quant.quantize import fake_quantize, step_and_zero
+from sqviz.quant.quantize import fake_quantize, levels, step_and_zero
 from sqviz.quant.sample import Part, everything, sample
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.smooth import smoothing_scale
@@ -164,14 +164,38 @@ class LinearProbe:
 
     def coarse(self, alpha: float | Float[Tensor, " channel"], cancel: CancelToken | None = None) -> OutputError:
         """The error at α (or under a given s) from the sample. Raises `Cancelled`."""
-        return self._error(self._coarse, alpha, cancel)
+        return self.ask([alpha], cancel=cancel)[0]
 
     def exact(self, alpha: float | Float[Tensor, " channel"], cancel: CancelToken | None = None) -> OutputError:
         """The error at α (or under a given s) over all tokens and rows. Raises `Cancelled` between chunks of rows."""
-        if not self._whole:
-            with torch.inference_mode(), _threads_for(len(self._x) * self._w.numel()):
+        return self.ask([alpha], exact=True, cancel=cancel)[0]
+
+    @torch.inference_mode()
+    def ask(
+        self,
+        alphas: Sequence[float | Float[Tensor, " channel"]],
+        *,
+        exact: bool = False,
+        cancel: CancelToken | None = None,
+    ) -> list[OutputError]:
+        """The error at each α, or under each given s: many cost less than the same one by one.
+
+        NaN where X / s or s·W exceeds float32. Raises `Cancelled` within some 20 ms.
+        """
+        if exact and not self._whole:
+            with _threads_for(len(self._x) * self._w.numel()):
                 self._whole.append(self._everything(cancel))
-        return self._error(self._whole[0], alpha, cancel)
+        part = self._whole[0] if exact else self._coarse
+        with _threads_for(len(part.x) * part.w.numel()):
+            scales = [alpha.to(self._x) if isinstance(alpha, Tensor) else self.scale(alpha) for alpha in alphas]
+            finite = [place for place, s in enumerate(scales) if self._represents(s)]
+            product = self._integers if integer.applies(self.scheme, self._x.device) else self._floats
+            found = [math.nan] * len(scales)
+            if finite:
+                errors = product(part, torch.stack([scales[place] for place in finite]), cancel)
+                for place, error in zip(finite, errors, strict=True):
+                    found[place] = _ratio(math.sqrt(error), part.norm)
+        return [OutputError(error, part.sampled, len(part.x), len(part.w)) for error in found]
 
     def decompose(self, alpha: float | Float[Tensor, " channel"]) -> tuple[OutputError, OutputError]:
         """The coarse errors from the activations alone, Q(X/s)·sW, and from the weights alone, X/s·Q(sW)."""
@@ -185,11 +209,14 @@ class LinearProbe:
         return of_x.coarse(alpha), of_w.coarse(alpha)
 
     def sweep(
-        self, alphas: Sequence[float] = ALPHAS, *, exact: bool = False, cancel: CancelToken | None = None
+        self,
+        alphas: Sequence[float | Float[Tensor, " channel"]] = ALPHAS,
+        *,
+        exact: bool = False,
+        cancel: CancelToken | None = None,
     ) -> Float[Tensor, " alpha"]:
         """The relative Frobenius error at each α."""
-        ask = self.exact if exact else self.coarse
-        return torch.tensor([ask(alpha, cancel).frobenius for alpha in alphas])
+        return torch.tensor([found.frobenius for found in self.ask(alphas, exact=exact, cancel=cancel)])
 
     # --- what is multiplied ---
 
@@ -202,28 +229,37 @@ class LinearProbe:
 
     # --- what it is off by ---
 
-    @torch.inference_mode()
-    def _error(self, part: Part, alpha: float | Tensor, cancel: CancelToken | None) -> OutputError:
-        with _threads_for(len(part.x) * part.w.numel()):
-            s = alpha.to(self._x) if isinstance(alpha, Tensor) else self.scale(alpha)
-            product = self._integers if integer.applies(self.scheme, self._x.device) else self._floats
+    def _represents(self, s: Float[Tensor, " channel"]) -> bool:
+        """Whether X / s and s·W stay within float32."""
+        return bool(torch.isfinite(self._x_seen / s).all() & torch.isfinite(self._w_seen * s).all())
+
+    def _integers(self, part: Part, s: Float[Tensor, "alpha channel"], cancel: CancelToken | None) -> list[float]:
+        """‖Y − Ŷ‖² for each s, all from integer products."""
+        from sqviz_kernels import alpha_sweep
+
+        x_steps, w_steps = ([grid(one)[0] for one in s] for grid in (self._activation_grid, self._weight_grid))
+        errors = alpha_sweep.sweep(
+            *(part.x, part.w, part.y, s, _flat(x_steps), _flat(w_steps)),
+            x_top=levels(self.scheme.bits)[1],
+            w_top=levels(self.scheme.bits_of_weights)[1],
+            out_weight=part.row_weight,
+            cancel=cancel,
+        )
+        return (errors.sum(1) if part.token_weight is None else errors @ part.token_weight.double()).tolist()
+
+    def _floats(self, part: Part, s: Float[Tensor, "alpha channel"], cancel: CancelToken | None) -> list[float]:
+        """‖Y − Ŷ‖² for each s, for schemes that integers alone cannot do."""
+        found = []
+        for one in s:
             error = 0.0
-            for rows, y_hat in product(part, s):
+            for rows, y_hat in self._chunks_of(part, one):
                 _look(cancel)
                 error += part.norm_squared(y_hat.sub_(part.y[:, rows]), rows)
-        return OutputError(_ratio(math.sqrt(error), part.norm), part.sampled, len(part.x), len(part.w))
+            found.append(error)
+        return found
 
-    def _integers(self, part: Part, s: Float[Tensor, " channel"]) -> Iterator[tuple[slice, Tensor]]:
-        """Ŷ in chunks of rows, from integer products."""
-        x_step = self._activation_grid(s)[0]
-        w_step = self._weight_grid(s)[0]
-        x, x_step = integer.activation_codes(part.x, s, x_step, self.scheme.bits)
-        for rows in _chunks(len(part.w)):
-            w, step = integer.weight_codes(part.w[rows], s, w_step, self.scheme.bits_of_weights)
-            yield rows, integer.product(x, w, x_step, step)
-
-    def _floats(self, part: Part, s: Float[Tensor, " channel"]) -> Iterator[tuple[slice, Tensor]]:
-        """Ŷ in chunks of rows, for schemes that integers alone cannot do."""
+    def _chunks_of(self, part: Part, s: Float[Tensor, " channel"]) -> Iterator[tuple[slice, Tensor]]:
+        """Ŷ in chunks of rows."""
         scheme = self.scheme
         x = part.x / s
         if scheme.activation is not None:
@@ -284,6 +320,12 @@ def _threads_for(multiplications: int) -> AbstractContextManager[None]:
 
 def _chunks(rows: int) -> Iterator[slice]:
     return (slice(start, start + CHUNK) for start in range(0, rows, CHUNK))
+
+
+def _flat(steps: list[Tensor | None]) -> Float[Tensor, " alpha"] | None:
+    """Steps [1 1] of each α in one row; None where there are none."""
+    known = [step.reshape(()) for step in steps if step is not None]
+    return torch.stack(known) if known else None
 
 
 def _look(cancel: CancelToken | None) -> None:

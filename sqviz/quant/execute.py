@@ -4,7 +4,7 @@ What can be fused is found by trying, not by class: a norm is taken over if it c
 it computes down(SiLU(gate(x)) · up(x)), both on numbers of their own.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,14 +17,23 @@ from torch.nn import functional as F
 
 from sqviz.errors import SqvizError
 from sqviz.models.arch import Norm
-from sqviz.models.linears import Group, weight
+from sqviz.models.linears import Group, experts, weight
 from sqviz.models.lm import LM
 from sqviz.quant.granularity import PerChannel, PerTensor, PerToken
-from sqviz.quant.plain import is_plain
+from sqviz.quant.plain import check_experts, is_plain
 from sqviz.quant.quantize import quantize_tensor
 from sqviz.quant.scaled_linear import ScaledLinear
 from sqviz.quant.schemes import Scheme
-from sqviz.quant.w8a8 import Site, W8A8Embedding, W8A8Linear, W8A8Norm, gated, merged
+from sqviz.quant.w8a8 import (
+    Product,
+    Site,
+    W8A8Embedding,
+    W8A8Linear,
+    W8A8Norm,
+    gated,
+    merged,
+)
+from sqviz.quant.w8a8_experts import Stack, W8A8Experts
 
 TRIED = 1e-3
 """Largest relative difference between a module and what it is taken for; half precision is tried in float32."""
@@ -52,7 +61,7 @@ class Executor:
     """Replaces the linears of a shared copy of one model."""
 
     def __init__(
-        self, lm: LM, model: nn.Module, scheme: Scheme, backend: Backend, steps: Mapping[str, Float[Tensor, "1"]]
+        self, lm: LM, model: nn.Module, scheme: Scheme, backend: Backend, steps: Mapping[str, list[Float[Tensor, "1"]]]
     ) -> None:
         """Take note.
 
@@ -61,7 +70,7 @@ class Executor:
             model: a shared copy of it, to be changed.
             scheme: see `check_executable`.
             backend: who computes.
-            steps: the static step of each linear's input, by name; empty for a dynamic scheme.
+            steps: the static step of each linear's input, by name, or one per fused expert; empty if dynamic.
         """
         check_executable(scheme)
         self.lm, self.model, self.scheme, self.backend, self.steps = lm, model, scheme, backend, steps
@@ -70,7 +79,7 @@ class Executor:
     def group(self, group: Group, names: Iterable[str]) -> None:
         """Replace these linears of a group, all of them ordinary ones."""
         for divisor, together in self._by_divisor(names):
-            step = self.steps.get(together[0])
+            step = self.steps.get(together[0], [None])[0]
             site = Site(self.backend, self.share, step, divisor, together)
             for some, pair in self._products(together):
                 linears = merged(self.backend, site, [self._codes(name) for name in some], gated=pair)
@@ -78,6 +87,35 @@ class Executor:
                     self.model.set_submodule(name, linear)
             if divisor is None and isinstance(group.fold, Norm):
                 self._norm(group.fold, site)
+
+    def experts(self, path: str, skipped: set[str]) -> None:
+        """Replace fused experts."""
+        module: Any = self.lm.model.get_submodule(path)
+        if isinstance(module, W8A8Experts):
+            raise SqvizError(f"{path} is quantised already. Quantise the model it was made from instead.")
+        check_experts(module, path)
+        up, down = f"{path}.gate_up_proj", f"{path}.down_proj"
+        x = torch.linspace(-3, 3, 2 * module.down_proj.shape[-1], device=module.down_proj.device)[None]
+        with torch.no_grad():
+            gate, raised = x.chunk(2, -1)
+            silu = _close(type(module)._apply_gate(module, x), F.silu(gate) * raised)
+        front = module.gate_up_proj if up in skipped else self._stack(up, silu and down not in skipped)
+        back = module.down_proj if down in skipped else self._stack(down, gated=False)
+        self.model.set_submodule(path, W8A8Experts(module, front, back, silu))
+
+    def _stack(self, name: str, gated: bool) -> Stack:
+        """One product per expert."""
+        assert self.scheme.weight is not None
+        matrices = weight(self.lm, name).detach().unflatten(0, (experts(self.lm, name), -1))
+        products = []
+        for matrix in matrices:
+            found = quantize_tensor(
+                matrix, self.scheme.weight, self.scheme.bits_of_weights, of="weight", name=f"the weight of {name}"
+            )
+            packed = self.backend.pack(found.values, found.step.flatten(), None, gated)
+            products.append(Product(self.backend, packed))
+        steps = self.steps.get(name, [None])
+        return Stack([Site(self.backend, self.share, step, None, (name,)) for step in steps], products)
 
     def head(self) -> None:
         """Replace the head, and the embedding too where they are tied; the head's input is quantised per token."""
@@ -100,9 +138,10 @@ class Executor:
         children = dict(module.named_children())
         front = children.get("gate_up_proj", children.get("gate_proj"))
         back = children.get("down_proj")
-        plain = isinstance(front, W8A8Linear) and front.product.gated and isinstance(back, W8A8Linear)
-        if plain and back.site.divisor is None:
-            module.__class__ = gated(type(module))
+        if not isinstance(front, W8A8Linear) or not isinstance(back, W8A8Linear):
+            return
+        if front.product.gated and back.site.divisor is None:
+            module.__class__ = gated(cast(Hashable, type(module)))
             # not as children: they are there already, under their own names
             module.__dict__.update(front=front, back=back)
 
@@ -140,7 +179,8 @@ class Executor:
 
     def _products(self, names: list[str]) -> list[tuple[list[str], bool]]:
         """Which of these make one product each, and whether it is one of gates and ups."""
-        pair, rest = [], []
+        pair: list[str] = []
+        rest: list[str] = []
         for name in names:
             parent, _, leaf = name.rpartition(".")
             fused = leaf in ("gate_proj", "up_proj", "gate_up_proj") and self._is_gated(parent, names)
@@ -173,10 +213,11 @@ class Executor:
         gain = cast(Tensor, norm.weight).detach().float() + float(fold.plus_one)
         bias = getattr(norm, "bias", None)
         x = torch.linspace(-2, 3, len(gain), device=gain.device)[None].to(cast(Tensor, norm.weight).dtype)
-        for kind in ("rms", "layer"):
+        kinds: tuple[NormKind, ...] = ("rms", "layer")
+        for kind in kinds:
             with torch.no_grad():
-                if _close(norm(x), spec.norm(x, gain, bias, eps, cast(NormKind, kind))):
-                    self.model.set_submodule(fold.path, W8A8Norm(norm, cast(NormKind, kind), eps, fold.plus_one, site))
+                if _close(norm(x), spec.norm(x, gain, bias, eps, kind)):
+                    self.model.set_submodule(fold.path, W8A8Norm(norm, kind, eps, fold.plus_one, site))
                     return
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from jaxtyping import Float
 from sqviz_kernels import spec
 from sqviz_kernels.backend import Backend
+from sqviz_kernels.dispatch import best
 from torch import Tensor, nn
 
 from sqviz.errors import SqvizError
@@ -40,7 +41,7 @@ def use(lm: LM, model: nn.Module, backend: Backend | None) -> None:
     for module in model.modules():
         if hasattr(module, "scaling") and hasattr(module, "layer_idx"):
             module.__dict__["_sqviz_backend"] = backend
-    model.config._attn_implementation = NAME  # type: ignore[union-attr, assignment]
+    model.config._attn_implementation = NAME  # type: ignore[union-attr]
 
 
 @functools.cache
@@ -91,3 +92,16 @@ def codes_of(
     rows = states.reshape(-1, states.shape[3])
     codes, steps = spec.quantise(rows) if backend is None else backend.plain_codes(rows)
     return codes.view(states.shape), steps.view(states.shape[:3])
+
+
+def uses_codes(lm: LM) -> bool:
+    """Whether the model's attention takes codes from a cache."""
+    return lm.model.config._attn_implementation == NAME  # type: ignore[union-attr]
+
+
+def backend_of(lm: LM) -> Backend | None:
+    """Who computes the model's INT8 attention; the best for its device where it has none."""
+    for module in lm.model.modules():
+        if "_sqviz_backend" in module.__dict__:
+            return cast(Backend | None, module.__dict__["_sqviz_backend"])
+    return best(lm.device)

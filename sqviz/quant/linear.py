@@ -16,11 +16,11 @@ that of the second one expert by expert. Per-tensor dynamic steps span whatever 
 """
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sqviz_kernels.dispatch import backend_for
-from torch import nn
+from torch import Tensor, nn
 
 from sqviz.errors import NoSuchLayer, SqvizError
 from sqviz.models.linears import Group, experts, groups, no_such_layer, weight
@@ -29,11 +29,14 @@ from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant import int8_attention
 from sqviz.quant.calibration import static_grids
+from sqviz.quant.execute import Executor
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.simulate import Simulator
 
 if TYPE_CHECKING:
     from sqviz.observe.magnitudes import Magnitudes
+
+Step = Callable[..., None]
 
 
 def quantize(
@@ -90,7 +93,9 @@ def quantize(
     return lm.replace(model=model, note=note)
 
 
-def _simulated(lm, scheme, magnitudes, backend, skipped, head, step) -> nn.Module:
+def _simulated(
+    lm: LM, scheme: Scheme, magnitudes: "Magnitudes | None", backend: str, skipped: set[str], head: bool, step: Step
+) -> nn.Module:
     if head:
         raise SqvizError("head=True is for models that execute in integers: give backend='auto'.")
     model, simulator = share(lm.model), Simulator(lm, scheme, magnitudes)
@@ -105,21 +110,28 @@ def _simulated(lm, scheme, magnitudes, backend, skipped, head, step) -> nn.Modul
     return model
 
 
-def _executed(lm, scheme, magnitudes, backend, skipped, head, step) -> nn.Module:
-    from sqviz.quant.execute import Executor
-
-    steps = {}
+def _executed(
+    lm: LM, scheme: Scheme, magnitudes: "Magnitudes | None", backend: str, skipped: set[str], head: bool, step: Step
+) -> nn.Module:
+    steps: dict[str, list[Tensor]] = {}
     if magnitudes is not None and scheme.static:
-        steps = {n: static_grids(lm, scheme, magnitudes, n)[0][0].reshape(1) for g in groups(lm) for n in g.consumers}
+        for name in (name for group in groups(lm) for name in group.consumers):
+            steps[name] = [grid.reshape(1) for grid, _ in static_grids(lm, scheme, magnitudes, name)]
     model = share(lm.model)
     executor = Executor(lm, model, scheme, backend_for(backend, lm.device), steps)
-    parents = set()
+    parents: dict[str, None] = {}
+    fused: set[str] = set()
     for group in groups(lm):
         names = [name for name in group.consumers if name not in skipped and not is_router(lm, group, name)]
-        executor.group(group, names)
-        parents.update(name.rpartition(".")[0] for name in names)
+        for path in (name.rpartition(".")[0] for name in names if experts(lm, name)):
+            if path not in fused:
+                fused.add(path)
+                executor.experts(path, skipped)
+        plain = [name for name in names if not experts(lm, name)]
+        executor.group(group, plain)
+        parents.update(dict.fromkeys(name.rpartition(".")[0] for name in plain))
         step(len(group.consumers))
-    for path in sorted(parents):
+    for path in parents:
         executor.mlp(path)
     if head:
         executor.head()

@@ -1,9 +1,12 @@
-"""Whether a module is a plain linear, X Wᵀ + b, found out by trying."""
+"""Whether a module is what quantised modules stand for: a plain linear, X Wᵀ + b, found by trying; gated experts."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sqviz.errors import SqvizError
 from sqviz.quant.scaled_linear import ScaledLinear
 
 
@@ -18,3 +21,13 @@ def is_plain(module: nn.Module, matrix: Float[Tensor, "out channel"], bias: Tens
     with torch.no_grad():
         expected, got = nn.functional.linear(x, matrix, bias), module(x)
     return isinstance(got, Tensor) and bool(torch.allclose(got, expected, rtol=1e-2, atol=1e-3))
+
+
+def check_experts(module: Any, path: str) -> None:
+    """Raise `SqvizError` unless these are gated experts with weights [expert out channel] and no bias."""
+    plain = getattr(module, "has_gate", False) and hasattr(type(module), "_apply_gate")
+    if not plain or module.is_transposed or module.has_bias or getattr(module, "has_post_expert_norm", False):
+        raise SqvizError(
+            f"{path}: the inside of {type(module).__name__} cannot be quantised; known are gated experts with "
+            f"weights [expert out channel] and no bias. Leave them in floating point: skip={path + '.*'!r}."
+        )

@@ -10,7 +10,7 @@ from sqviz.errors import SqvizError
 from sqviz.models.linears import experts, weight
 from sqviz.models.lm import LM
 from sqviz.quant.calibration import static_grids
-from sqviz.quant.plain import is_plain
+from sqviz.quant.plain import check_experts, is_plain
 from sqviz.quant.quantize import fake_quantize
 from sqviz.quant.scaled_linear import ScaledLinear
 from sqviz.quant.schemes import Scheme
@@ -28,6 +28,7 @@ class Simulator:
         self.magnitudes = magnitudes if scheme.static else None
 
     def build(self, name: str, path: str, skipped: set[str]) -> nn.Module:
+        """The module for the linear `name`, or for the fused experts at `path`."""
         module = self.lm.model.get_submodule(path)
         if isinstance(module, SimulatedLinear | SimulatedExperts):
             raise SqvizError(f"{name} is quantised already. Quantise the model it was made from instead.")
@@ -43,12 +44,7 @@ class Simulator:
         return SimulatedLinear(self._weight(name), bias, self._quantizers(name)[0], smoothing)
 
     def _experts(self, module: Any, path: str, skipped: set[str]) -> nn.Module:
-        plain = getattr(module, "has_gate", False) and hasattr(type(module), "_apply_gate")
-        if not plain or module.is_transposed or module.has_bias or getattr(module, "has_post_expert_norm", False):
-            raise SqvizError(
-                f"{path}: the inside of {type(module).__name__} cannot be quantised; known are gated experts with "
-                f"weights [expert out channel] and no bias. Leave them in floating point: skip={path + '.*'!r}."
-            )
+        check_experts(module, path)
         up, down = f"{path}.gate_up_proj", f"{path}.down_proj"
         outer = None if up in skipped else self._quantizers(up)[0]
         inner = [None] if down in skipped else self._quantizers(down)

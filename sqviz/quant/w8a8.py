@@ -8,7 +8,8 @@
 Linears that read the same tensor are one product: the first one asked computes it for all. Codes and products travel
 with the tensor they were made from (`Carried`), so nothing is quantised twice and nothing outlives its input.
 
-The arithmetic is the backend's (kernels/sqviz_kernels); the rest of the model stays in its own dtype.
+The arithmetic is the backend's (kernels/sqviz_kernels); the rest of the model stays in its own dtype. Fused experts
+are in w8a8_experts.py.
 """
 
 import functools
@@ -299,7 +300,11 @@ def merged(
             [torch.zeros(n) if b is None else b.detach().float() for n, (_, _, b) in zip(sizes, parts, strict=True)]
         )
     one = len(parts) == 1 and parts[0][1].numel() == 1
-    step = parts[0][1].reshape(1) if one else torch.cat([s.flatten().expand(n) for n, (_, s, _) in zip(sizes, parts)])
+    step = (
+        parts[0][1].reshape(1)
+        if one
+        else torch.cat([s.flatten().expand(n) for n, (_, s, _) in zip(sizes, parts, strict=True)])
+    )
     product = Product(backend, backend.pack(torch.cat([codes for codes, _, _ in parts]), step, bias, gated))
     ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
     return [W8A8Linear(site, product, end - size, end) for size, end in zip(sizes, ends, strict=True)]
