@@ -20,7 +20,7 @@ from sqviz.errors import NonFinite, SqvizError
 from sqviz.progress import CancelToken
 from sqviz.quant import integer
 from sqviz.quant.granularity import PerChannel, PerTensor
-from sqviz.quant.quantize import fake_quantize, levels, step_and_zero
+from sqviz.quant.quantize import fake_quantize, step_and_zero
 from sqviz.quant.sample import Part, everything, sample
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.smooth import smoothing_scale
@@ -182,19 +182,19 @@ class LinearProbe:
 
         NaN where X / s or s·W exceeds float32. Raises `Cancelled` within some 20 ms.
         """
+        if not alphas:
+            return []
         if exact and not self._whole:
             with _threads_for(len(self._x) * self._w.numel()):
                 self._whole.append(self._everything(cancel))
         part = self._whole[0] if exact else self._coarse
-        with _threads_for(len(part.x) * part.w.numel()):
-            scales = [alpha.to(self._x) if isinstance(alpha, Tensor) else self.scale(alpha) for alpha in alphas]
-            finite = [place for place, s in enumerate(scales) if self._represents(s)]
+        found = [math.nan] * len(alphas)
+        with _threads_for(len(alphas) * len(part.x) * part.w.numel()):
+            s = [alpha.to(self._x) if isinstance(alpha, Tensor) else self.scale(alpha) for alpha in alphas]
+            finite = [place for place, one in enumerate(s) if self._represents(one)]
             product = self._integers if integer.applies(self.scheme, self._x.device) else self._floats
-            found = [math.nan] * len(scales)
-            if finite:
-                errors = product(part, torch.stack([scales[place] for place in finite]), cancel)
-                for place, error in zip(finite, errors, strict=True):
-                    found[place] = _ratio(math.sqrt(error), part.norm)
+            for place, error in zip(finite, product(part, [s[place] for place in finite], cancel), strict=True):
+                found[place] = _ratio(math.sqrt(error), part.norm)
         return [OutputError(error, part.sampled, len(part.x), len(part.w)) for error in found]
 
     def decompose(self, alpha: float | Float[Tensor, " channel"]) -> tuple[OutputError, OutputError]:
@@ -233,21 +233,13 @@ class LinearProbe:
         """Whether X / s and s·W stay within float32."""
         return bool(torch.isfinite(self._x_seen / s).all() & torch.isfinite(self._w_seen * s).all())
 
-    def _integers(self, part: Part, s: Float[Tensor, "alpha channel"], cancel: CancelToken | None) -> list[float]:
-        """‖Y − Ŷ‖² for each s, all from integer products."""
-        from sqviz_kernels import alpha_sweep
+    def _integers(self, part: Part, s: list[Float[Tensor, " channel"]], cancel: CancelToken | None) -> list[float]:
+        """‖Y − Ŷ‖² for each s, from integer products."""
+        x_steps = [step for one in s if (step := self._activation_grid(one)[0]) is not None]
+        w_steps = [step for one in s if (step := self._weight_grid(one)[0]) is not None]
+        return integer.errors(part, s, x_steps, w_steps, self.scheme, cancel)
 
-        x_steps, w_steps = ([grid(one)[0] for one in s] for grid in (self._activation_grid, self._weight_grid))
-        errors = alpha_sweep.sweep(
-            *(part.x, part.w, part.y, s, _flat(x_steps), _flat(w_steps)),
-            x_top=levels(self.scheme.bits)[1],
-            w_top=levels(self.scheme.bits_of_weights)[1],
-            out_weight=part.row_weight,
-            cancel=cancel,
-        )
-        return (errors.sum(1) if part.token_weight is None else errors @ part.token_weight.double()).tolist()
-
-    def _floats(self, part: Part, s: Float[Tensor, "alpha channel"], cancel: CancelToken | None) -> list[float]:
+    def _floats(self, part: Part, s: list[Float[Tensor, " channel"]], cancel: CancelToken | None) -> list[float]:
         """‖Y − Ŷ‖² for each s, for schemes that integers alone cannot do."""
         found = []
         for one in s:
@@ -320,12 +312,6 @@ def _threads_for(multiplications: int) -> AbstractContextManager[None]:
 
 def _chunks(rows: int) -> Iterator[slice]:
     return (slice(start, start + CHUNK) for start in range(0, rows, CHUNK))
-
-
-def _flat(steps: list[Tensor | None]) -> Float[Tensor, " alpha"] | None:
-    """Steps [1 1] of each α in one row; None where there are none."""
-    known = [step.reshape(()) for step in steps if step is not None]
-    return torch.stack(known) if known else None
 
 
 def _look(cancel: CancelToken | None) -> None:

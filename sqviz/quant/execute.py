@@ -68,11 +68,10 @@ class Executor:
         Args:
             lm: the model, as it was.
             model: a shared copy of it, to be changed.
-            scheme: see `check_executable`.
+            scheme: one that `check_executable` lets pass.
             backend: who computes.
             steps: the static step of each linear's input, by name, or one per fused expert; empty if dynamic.
         """
-        check_executable(scheme)
         self.lm, self.model, self.scheme, self.backend, self.steps = lm, model, scheme, backend, steps
         self.share: spec.Share = "token" if isinstance(scheme.activation, PerToken) else "tensor"
 

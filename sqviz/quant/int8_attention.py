@@ -95,8 +95,9 @@ def codes_of(
 
 
 def uses_codes(lm: LM) -> bool:
-    """Whether the model's attention takes codes from a cache."""
-    return lm.model.config._attn_implementation == NAME  # type: ignore[union-attr]
+    """Whether the model's attention takes codes from a cache. MLA caches latents, which are not its keys yet."""
+    latents = bool(getattr(lm.config, "kv_lora_rank", None))
+    return not latents and lm.model.config._attn_implementation == NAME  # type: ignore[union-attr]
 
 
 def backend_of(lm: LM) -> Backend | None:

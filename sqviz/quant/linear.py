@@ -29,7 +29,7 @@ from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant import int8_attention
 from sqviz.quant.calibration import static_grids
-from sqviz.quant.execute import Executor
+from sqviz.quant.execute import Executor, check_executable
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.simulate import Simulator
 
@@ -113,6 +113,7 @@ def _simulated(
 def _executed(
     lm: LM, scheme: Scheme, magnitudes: "Magnitudes | None", backend: str, skipped: set[str], head: bool, step: Step
 ) -> nn.Module:
+    check_executable(scheme)
     steps: dict[str, list[Tensor]] = {}
     if magnitudes is not None and scheme.static:
         for name in (name for group in groups(lm) for name in group.consumers):

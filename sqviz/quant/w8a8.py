@@ -179,9 +179,11 @@ class W8A8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows out"]:
         """[… channel] → [… out], in the dtype of X. Raises `NonFinite`."""
-        y = self.product(self.site.carried(x), x.dtype)
-        if not self._whole:
-            y = y[:, self.start : self.stop]
+        carried = self.site.carried(x)
+        if self._whole:  # nobody to share it with: the caller may write to it
+            y = self.product.backend.linear(carried.codes, self.product.packed, x.dtype)
+        else:
+            y = self.product(carried, x.dtype)[:, self.start : self.stop]
         return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y
 
     def extra_repr(self) -> str:
