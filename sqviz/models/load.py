@@ -113,6 +113,8 @@ def _from_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
             f"the folder {str(folder)!r} has no config.json, so it is no model in transformers' format; it holds "
             f"{', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}"
         )
+    if (folder / "sqviz_int8.json").exists():
+        raise SqvizError(f"{str(folder)!r} holds a model that executes in integers: sqviz.load_int8({str(folder)!r})")
     if not any(folder.glob("*.safetensors")):
         raise not_unpickled(folder)
     with explained(name):

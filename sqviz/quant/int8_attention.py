@@ -94,10 +94,15 @@ def codes_of(
     return codes.view(states.shape), steps.view(states.shape[:3])
 
 
+def uses(lm: LM) -> bool:
+    """Whether the model computes its attention in INT8."""
+    return lm.model.config._attn_implementation == NAME  # type: ignore[union-attr]
+
+
 def uses_codes(lm: LM) -> bool:
     """Whether the model's attention takes codes from a cache. MLA caches latents, which are not its keys yet."""
     latents = bool(getattr(lm.config, "kv_lora_rank", None))
-    return not latents and lm.model.config._attn_implementation == NAME  # type: ignore[union-attr]
+    return uses(lm) and not latents
 
 
 def backend_of(lm: LM) -> Backend | None:

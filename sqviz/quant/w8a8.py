@@ -270,9 +270,12 @@ def gated(original: type[nn.Module]) -> type[nn.Module]:
 class W8A8Embedding(nn.Module):
     """An embedding whose rows are those of an INT8 head: Δ_w · W̄, in the dtype of the model."""
 
+    head: W8A8Linear
+
     def __init__(self, head: W8A8Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.head, self.dtype = head, dtype
+        self.__dict__["head"] = head  # not as a child: it is one of the model's already
+        self.dtype = dtype
         self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
 
     @property
