@@ -5,12 +5,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +17,6 @@ from sqviz.errors import SqvizError
 from sqviz.models import cache, embedded
 
 HUB_SECONDS = 2.0
-INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 SHOWN = ("jupyterlab", "ipykernel", "anywidget", "plotly", "torch", "transformers", "datasets", "numba")
 
 
@@ -35,19 +32,7 @@ class Finding:
 
 def findings() -> list[Finding]:
     """Everything that `sqviz doctor` looks at, in the order in which it is printed."""
-    looks: tuple[Callable[[], Finding], ...] = (
-        python,
-        packages,
-        cpu,
-        int8_instructions,
-        gpu,
-        chromium,
-        model,
-        disk,
-        hub,
-        notebooks,
-    )
-    return [look() for look in looks]
+    return [python(), packages(), cpu(), gpu(), *int8(), chromium(), model(), disk(), hub(), notebooks()]
 
 
 def as_text(found: list[Finding]) -> str:
@@ -55,9 +40,9 @@ def as_text(found: list[Finding]) -> str:
     marks = {"ok": "ok", "absent": "--", "missing": "!!"}
     lines = [f"sqviz {sqviz.__version__}"]
     for finding in found:
-        lines.append(f"{marks[finding.state]}  {finding.name:<11} {finding.what}")
+        lines.append(f"{marks[finding.state]}  {finding.name:<15} {finding.what}")
         if finding.fix:
-            lines.append(f"{'':15} -> {finding.fix}")
+            lines.append(f"{'':19} -> {finding.fix}")
     return "\n".join(lines)
 
 
@@ -100,16 +85,15 @@ def cpu() -> Finding:
     return Finding("CPU", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {kind}{memory}")
 
 
-def int8_instructions() -> Finding:
-    """Instructions that multiply INT8 faster than float."""
-    file = Path("/proc/cpuinfo")
-    if not file.exists():
-        return Finding("INT8", "absent", f"unknown on {platform.system()}", "simulated INT8 works everywhere")
-    there = set(re.split(r"\s+", file.read_text(errors="replace")))
-    found = [flag for flag in INT8_FLAGS if flag in there]
-    if not found:
-        return Finding("INT8", "absent", "the CPU has no INT8 dot product", "simulated INT8 works, without the speed")
-    return Finding("INT8", "ok", f"CPU instructions {', '.join(found)}")
+def int8() -> list[Finding]:
+    """The INT8 backends: which of them run here, and why the others do not."""
+    if any(importlib.util.find_spec(package) is None for package in ("torch", "jaxtyping")):
+        return [Finding("INT8", "absent", "unknown: torch or jaxtyping is not installed")]
+    found = []
+    for name, why in sqviz.backends().items():
+        what, _, fix = (f"sqviz.quantize(…, backend={name!r}) runs here" if why is None else why).partition("; ")
+        found.append(Finding(f"INT8 {name}", "ok" if why is None else "absent", what, fix))
+    return found
 
 
 def gpu() -> Finding:

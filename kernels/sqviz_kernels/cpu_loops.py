@@ -39,7 +39,6 @@ def _pointer(kind):
 
 
 floats, ints, shorts, bytes_ = (_pointer(kind) for kind in (types.float32, types.int32, types.uint16, types.uint8))
-codes_ = _pointer(types.int8)
 
 
 @intrinsic

@@ -5,6 +5,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int8
+from numba import config
 from torch import Tensor
 
 from sqviz.errors import SqvizError
@@ -31,7 +32,8 @@ class Vnni(CpuBackend):
     def why_not(cls) -> str | None:
         """None, or that the processor lacks the instruction."""
         if not tile.HAVE_VNNI:
-            return "the processor has no AVX-512 VNNI; backend='plain' runs on any processor, without the speed"
+            given = " (as NUMBA_CPU_FEATURES has it)" if config.CPU_FEATURES is not None else ""
+            return f"the processor has no AVX-512 VNNI{given}; backend='plain' runs on any processor, without the speed"
         return None
 
     def row_bytes(self, channels: int) -> int:

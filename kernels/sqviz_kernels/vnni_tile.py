@@ -16,13 +16,15 @@ Measured on two cores of a Zen 4: see kernels/LOG.md.
 """
 
 from llvmlite import binding, ir
-from numba import njit, prange, types
+from numba import config, njit, prange, types
 from numba.extending import intrinsic
 
-HAVE_VNNI = bool(binding.get_host_cpu_features().get("avx512vnni"))
+_FEATURES = binding.get_host_cpu_features().flatten() if config.CPU_FEATURES is None else config.CPU_FEATURES
+HAVE_VNNI = "+avx512vnni" in _FEATURES.split(",")
+"""Whether numba compiles for a processor with the instruction (it aborts the process where it cannot)."""
 WIDE = 32
 """Out channels per panel."""
-L2BYTES = 1 << 18
+L2_BYTES = 1 << 18
 """Weight that stays in a core's second-level cache while all rows pass by."""
 F32, BF16, GATE = 0, 1, 2
 """What the epilogue stores."""
@@ -182,7 +184,7 @@ def panels_of(
     """Rows first … stop − 1 times panels left … right − 1; all addresses are those of row 0 and panel 0."""
     panel = fours * 4 * WIDE
     wide = 4 * WIDE if kind == F32 else 2 * WIDE
-    group = max(1, L2BYTES // panel)
+    group = max(1, L2_BYTES // panel)
     for begin in range(left, right, group):
         row = first
         while row < stop:
