@@ -192,7 +192,7 @@ class _Builder:
             module.__dict__.update(front=front, back=module.down_proj)
         if self.structure["tied_embedding"]:
             head = cast(W8A8Linear, model.get_output_embeddings())  # type: ignore[operator]
-            dtype = cast(torch.dtype, model.config.dtype)  # type: ignore[union-attr]
+            dtype = cast(torch.dtype, model.config.dtype)
             model.set_input_embeddings(W8A8Embedding(head, dtype))  # type: ignore[operator]
         self._fill(model)
         if self.structure["attention"]:
