@@ -37,7 +37,6 @@ _HOMES = {
     "sqviz.quant.int8_cache": ["Int8Cache"],
     "sqviz.quant.checkpoint": ["save_int8", "load_int8"],
     "sqviz_kernels.dispatch": ["backends"],
-    "sqviz_kernels.dispatch": ["backends"],
     "sqviz.streaming.policies": ["Dense", "Window", "Sinks", "Recompute"],
     "sqviz.streaming.cache": ["SinkCache"],
     "sqviz.streaming.generate": ["stream_generate", "StreamStep"],

@@ -1,9 +1,9 @@
 """Which tiles of C a GPU's INT8 product may use: candidates per family of devices and number of rows, best guess first.
 
 A tile has to fit: its operands into shared memory, `stages` times (`SHARED` bytes for one program), its sums into
-registers. 128 × 128 sums take 8 warps: with 4 they spill on sm_80. `python -m sqviz_kernels.aot` compiles every
-candidate for its family without a GPU, and prints instruction, registers spilled and bytes shared; tests hold those at
-what is allowed. Which one is fastest only a device can say: `triton_runtime` times them there.
+registers. 128 × 256 sums take 8 warps: with 4, sm_80 spills thousands of registers. `python -m sqviz_kernels.aot`
+compiles every candidate for its family without a GPU, and prints instruction, registers spilled and bytes shared; tests
+hold those at what is allowed. Which one is fastest only a device can say: `triton_runtime` times them there.
 """
 
 import functools
@@ -38,7 +38,7 @@ SHARED = {
 _NARROW = (Tile(16, 64, 128, 4, 4), Tile(16, 32, 256, 4, 3), Tile(16, 128, 128, 4, 3))
 _SQUARE = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 128, 4, 3), Tile(128, 128, 128, 8, 2))
 _LINEAR = {
-    "sm_80": (_NARROW, _SQUARE),
+    "sm_80": (_NARROW, (*_SQUARE, Tile(128, 256, 64, 8, 3))),
     "sm_86": (_NARROW, _SQUARE),
     "sm_90": (_NARROW, (Tile(128, 128, 128, 8, 3), Tile(128, 256, 128, 8, 3), Tile(64, 128, 128, 4, 4), _SQUARE[0])),
     "sm_100": (_NARROW, (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3))),

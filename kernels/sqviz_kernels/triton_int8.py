@@ -224,8 +224,8 @@ def linear_tiles(
         if OUT == FLOATS:
             tl.store(c, y.to(c_ptr.dtype.element_ty), mask=inside)
         else:
-            fine = (tl.abs(y) <= LARGEST) | ~inside
-            broken = tl.min(tl.min(fine.to(tl.int32), 1), 0) == 0
+            fine = tl.abs(y) <= LARGEST
+            broken = tl.max(tl.max((inside & ~fine).to(tl.int32), 1), 0) == 1
             tl.store(c, to_code(tl.where(fine, y, 0.0), tl.load(given_ptr)), mask=inside)
             tl.store(own_ptr, float("nan"), mask=broken)
             tl.store(flag_ptr, 1, mask=broken)

@@ -70,4 +70,5 @@ def errors(
         out_weight=part.row_weight,
         cancel=cancel,
     )
-    return (squares.sum(1) if part.token_weight is None else squares @ part.token_weight.double()).tolist()
+    weight = torch.ones(()) if part.token_weight is None else part.token_weight
+    return [float((row * weight).sum()) for row in squares]

@@ -41,6 +41,8 @@ from sqviz.widgets.worker import Pace, Turn, Worker
 LANES = ("answer", "picture", "exact", "measure", "export", "estimate", "sweep")
 QUICK_PRODUCT = 1_500_000_000
 """Multiplications up to which the exact error comes as fast as the hand moves."""
+STOPS_AT_ONCE = 8
+"""Stops of the slider whose errors are asked for, and kept, together."""
 Publish = Callable[..., None]
 
 
@@ -240,13 +242,14 @@ class Engine:
             return  # there is no error to speak of
         probe, exact = self._probe(state.linear, state.scheme), self._quick(state.linear)
         here, pace = round(state.alpha * (STOPS - 1)), Pace(4)
-        for stop in sorted(range(STOPS), key=lambda stop: abs(stop - here)):
+        order = sorted(range(STOPS), key=lambda stop: abs(stop - here))
+        for first in range(0, STOPS if probe is not None else 0, STOPS_AT_ONCE):
             turn.check("refining")
-            alpha = stop / (STOPS - 1)
-            if probe is None or self._errors.known(state.linear, state.scheme, alpha) is not None:
-                continue
-            found = probe.exact(alpha, turn) if exact else probe.coarse(alpha, turn)
-            self._errors.learn(state.linear, state.scheme, alpha, found)
+            alphas = [stop / (STOPS - 1) for stop in order[first : first + STOPS_AT_ONCE]]
+            alphas = [a for a in alphas if self._errors.known(state.linear, state.scheme, a) is None]
+            assert probe is not None
+            for alpha, found in zip(alphas, probe.ask(alphas, exact=exact, cancel=turn), strict=True):
+                self._errors.learn(state.linear, state.scheme, alpha, found)
             if pace.due():
                 self._publish(stops=self._errors.stops(state.linear, state.scheme))
         self._publish(stops=self._errors.stops(state.linear, state.scheme))
@@ -261,10 +264,9 @@ class Engine:
         try:
             probe = self._probe(linear, scheme)
             assert probe is not None
-            for place, alpha in enumerate(asked):
-                turn.check("the sweep")
-                error = (probe.exact(alpha, turn) if exact else probe.coarse(alpha, turn)).frobenius
-                values[place] = error if math.isfinite(error) else -1.0
+            turn.check("the sweep")
+            for place, found in enumerate(probe.ask(asked, exact=exact, cancel=turn)):
+                values[place] = found.frobenius if math.isfinite(found.frobenius) else -1.0
         except NonFinite:
             pass  # there is no error to speak of, and −1 says so
         row[:] = values

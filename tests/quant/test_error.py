@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sqviz.errors import Cancelled, NonFinite, SqvizError
 from sqviz.progress import CancelToken
@@ -103,35 +101,6 @@ def test_integer_and_floating_point_products_agree(monkeypatch):
         assert one == pytest.approx(other, rel=1e-4)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(
-    rows=st.integers(1, 12),
-    channels=st.integers(1, 40),
-    bits=st.integers(2, 8),
-    seed=st.integers(0, 99),
-    per_tensor=st.booleans(),
-    divide=st.booleans(),
-)
-def test_integer_codes_are_those_of_quantize_tensor(rows, channels, bits, seed, per_tensor, divide):
-    generator = torch.Generator().manual_seed(seed)
-    m = torch.randn(rows, channels, generator=generator) * (torch.rand(rows, 1, generator=generator) > 0.2)
-    s = torch.rand(channels, generator=generator) + 0.1
-    scaled = m / s if divide else m * s
-    expected = quantize_tensor(scaled, PerTensor() if per_tensor else PerToken(), bits)
-    codes = integer.activation_codes if divide else integer.weight_codes
-    got, step = codes(m, s, expected.step if per_tensor else None, bits)
-    assert torch.equal(got, expected.values)
-    assert torch.equal(step, expected.step)
-
-
-def test_blocks_do_not_show(monkeypatch):
-    w, s = torch.randn(50, 30), torch.rand(30) + 0.5
-    whole = integer.weight_codes(w, s, None, 8)
-    monkeypatch.setattr(integer, "BLOCK", 70)
-    for one, other in zip(whole, integer.weight_codes(w, s, None, 8), strict=True):
-        assert torch.equal(one, other)
-
-
 # --- the estimate ---
 
 
@@ -219,6 +188,26 @@ def test_sweep_asks_at_each_alpha():
     assert probe.sweep((0.1, 0.9), exact=True).tolist() == pytest.approx(
         [probe.exact(0.1).frobenius, probe.exact(0.9).frobenius]
     )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_many_at_once_are_the_same_as_one_by_one(scheme):
+    x, w, x_absmax, w_absmax = linear(70, 300, 45)
+    probe = LinearProbe(x, w, x_absmax, w_absmax, scheme, tokens=20, weights=1)
+    asked = [0.0, torch.ones(45), 0.35, 1.0]
+    for exact, ask in ((False, probe.coarse), (True, probe.exact)):
+        assert probe.ask(asked, exact=exact) == [ask(alpha) for alpha in asked]
+    assert probe.ask([]) == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_an_alpha_that_exceeds_float32_spoils_no_other(scheme):
+    x, w, x_absmax, w_absmax = linear()
+    probe = LinearProbe(x, w, x_absmax, w_absmax, scheme)
+    tiny, fair = torch.full((45,), 1e-38), torch.ones(45)
+    found = [found.frobenius for found in probe.ask([fair, tiny, fair], exact=True)]
+    assert math.isnan(found[1])
+    assert found[0] == found[2] == probe.exact(fair).frobenius
 
 
 def test_a_given_s_replaces_alpha():

@@ -1,0 +1,283 @@
+"""What INT8 costs and buys on this machine: operators, whole models, memory. Interleaved, medians, ratios.
+
+    python kernels/bench.py operators           each operator beside fp32, bf16 and oneDNN's bare product
+    python kernels/bench.py context decode      whole models in the form of the thesis's Figure 3.6 and Table 3.8
+    python kernels/bench.py memory              resident memory of each model in a process of its own
+    python kernels/bench.py                     all of it, `make bench` runs this; rows go to kernels/results/*.csv
+
+Beside each operator stands the share of the roofline it reaches: the larger of its weights' bytes over the measured
+read bandwidth and its products over the measured INT8 peak, over the time it took.
+"""
+
+import argparse
+import copy
+import csv
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from sqviz_kernels.dispatch import backends, get
+from torch.nn.functional import linear
+
+import sqviz
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {  # name: (channels, out)
+    "SmolLM2 qkv": (576, 960),
+    "SmolLM2 o": (576, 576),
+    "SmolLM2 gate+up": (576, 3072),
+    "SmolLM2 down": (1536, 576),
+    "OPT-6.7B / Llama-2 o": (4096, 4096),
+    "OPT-6.7B fc1": (4096, 16384),
+    "OPT-6.7B fc2": (16384, 4096),
+    "Llama-2-7B gate+up": (4096, 22016),
+    "Llama-2-7B down": (11008, 4096),
+}
+ROWS = (1, 16, 512)
+CONTEXTS = ((4, 128), (4, 256), (4, 512), (4, 1024))
+DECODES = ((1, 512), (1, 1024), (16, 512), (16, 1024))
+Work = dict[str, Callable[[], object]]
+
+
+def interleaved(work: Work, rounds: int, least_seconds: float = 0.0) -> dict[str, float]:
+    """Median seconds of each, all of them in every round; short ones are repeated within their turn."""
+    repeats, found = {}, {name: [] for name in work}
+    for name, call in work.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, min(50, int(least_seconds / max(1e-7, time.perf_counter() - start))))
+    for _ in range(rounds):
+        for name, call in work.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            found[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def table(title: str, rows: list[dict[str, object]]) -> None:
+    """Print rows and keep them as kernels/results/<title>.csv."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    shown = [
+        [f"{row.get(key, ''):.3g}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in columns]
+        for row in rows
+    ]
+    widths = [max(len(key), *(len(line[i]) for line in shown)) for i, key in enumerate(columns)]
+    print(f"\n{title}")
+    for line in [columns, *shown]:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    sys.stdout.flush()
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{title}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# --- operators ---
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes per second that all threads read together, and INT8 operations per second on data in the first cache."""
+    buffer = torch.ones(1 << 27, dtype=torch.int8).view(torch.int64)  # 128 MB, four times the third-level cache
+    seconds = interleaved({"read": buffer.sum}, 9)["read"]
+    backend = get("vnni")
+    x, w = torch.randint(-9, 9, (24 * 96, 512), dtype=torch.int8), torch.randint(-9, 9, (64, 512), dtype=torch.int8)
+    packed, codes = backend.pack(w, torch.ones(64)), backend.quantise(x.float())
+    peak = interleaved({"peak": lambda: backend.linear(codes, packed)}, 15, 0.02)["peak"]
+    return buffer.numel() * 8 / seconds, 2 * x.numel() * len(w) / peak
+
+
+def operators(rounds: int) -> None:
+    """One row per shape: microseconds, ratios and the share of the roofline."""
+    running = [name for name, why in backends().items() if why is None and get(name).device == "cpu"]
+    bandwidth, peak = ceilings() if "vnni" in running else (float("nan"), float("nan"))
+    print(f"reads {bandwidth / 1e9:.1f} GB/s, INT8 {peak / 1e9:.0f} GOP/s in cache, {torch.get_num_threads()} threads")
+    rows = []
+    for name, (channels, out) in SHAPES.items():
+        w = torch.randn(out, channels)
+        step = w.abs().amax(1) / 127
+        codes = (w / step[:, None]).round().to(torch.int8)
+        half = w.bfloat16()
+        packed = {each: get(each).pack(codes, step) for each in running if each != "plain" or channels < 4096}
+        for count in ROWS:
+            x = torch.randn(count, channels)
+            xh, xc = x.bfloat16(), get(running[0]).plain_codes(x)[0]
+            work: Work = {
+                "fp32": lambda x=x, w=w: linear(x, w),
+                "bf16": lambda x=xh, w=half: linear(x, w),
+                "oneDNN bare": lambda x=xc, w=codes: torch._int_mm(x, w.t()),
+            }
+            for each, weight in packed.items():
+                backend = get(each)
+                work[each] = lambda b=backend, x=x, w=weight: b.linear(b.quantise(x), w)
+            found = interleaved(work, rounds, 0.01)
+            ours = found[running[0]]
+            least = max(codes.numel() / bandwidth, 2 * count * codes.numel() / peak)
+            rows.append(
+                {"linear": name, "rows": count}
+                | {f"{key} µs": 1e6 * value for key, value in found.items()}
+                | {
+                    "× fp32": found["fp32"] / ours,
+                    "× bf16": found["bf16"] / ours,
+                    "× oneDNN bare": found["oneDNN bare"] / ours,
+                    "roofline": least / ours,
+                }
+            )
+    table("operators", rows)
+
+
+# --- whole models ---
+
+
+def models() -> dict[str, sqviz.LM]:
+    """The contenders, by name."""
+    full, half = sqviz.load(), sqviz.load(dtype="bfloat16")
+    text = sqviz.text()
+    magnitudes = sqviz.capture(full, text, samples=16, length=512)
+    dynamic = copy.deepcopy(full.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dynamic = torch.ao.quantization.quantize_dynamic(dynamic, {torch.nn.Linear}, dtype=torch.qint8)
+    found = {"fp32": full, "bf16": half, "torch dynamic INT8": full.replace(model=dynamic)}
+    smoothed = sqviz.smooth(half, magnitudes, 0.5)
+    for name, scheme in (("O1", sqviz.SMOOTHQUANT_O1), ("O2", sqviz.SMOOTHQUANT_O2), ("O3", sqviz.SMOOTHQUANT_O3)):
+        found[name] = sqviz.quantize(smoothed, scheme, magnitudes, backend="auto", attention=True, head=True)
+    recipe = sqviz.SMOOTHQUANT_LLAMA
+    found["recipe"] = sqviz.quantize(smoothed, recipe, backend="auto", attention=True, head=True)
+    found["recipe, 16-bit head"] = sqviz.quantize(smoothed, recipe, backend="auto", attention=True)
+    found["recipe, linears only"] = sqviz.quantize(smoothed, recipe, backend="auto")
+    return found
+
+
+def context(contenders: dict[str, sqviz.LM], rounds: int) -> None:
+    """The context stage: a prompt read at once, logits of the last token."""
+    ids = sqviz.text().tokens(contenders["fp32"].tokenizer, limit=max(b * t for b, t in CONTEXTS))
+    rows = []
+    for batch, length in CONTEXTS:
+        prompt = ids[: batch * length].view(batch, length)
+        work: Work = {
+            name: lambda m=lm.model, p=prompt: m(input_ids=p, use_cache=True, logits_to_keep=1)
+            for name, lm in contenders.items()
+        }
+        rows += compared({"batch": batch, "tokens": length}, interleaved(work, rounds))
+    table("context", rows)
+
+
+def decode(contenders: dict[str, sqviz.LM], rounds: int) -> None:
+    """The decoding stage: one more token for each sequence, keys and values of the others cached."""
+    ids = sqviz.text().tokens(contenders["fp32"].tokenizer, limit=max(b * t for b, t in DECODES))
+    rows = []
+    for batch, length in DECODES:
+        work = {name: step(lm, ids[: batch * length].view(batch, length)) for name, lm in contenders.items()}
+        rows += compared({"batch": batch, "tokens": length}, interleaved(work, rounds))
+        del work
+        gc.collect()
+    table("decode", rows)
+
+
+def step(lm: sqviz.LM, prompt: torch.Tensor) -> Callable[[], object]:
+    """One cached step after this prompt, which is undone each time. INT8 attention keeps INT8 keys and values."""
+    from transformers import DynamicCache
+
+    cache = sqviz.Int8Cache(lm) if lm.model.config._attn_implementation == "sqviz_int8" else DynamicCache()
+    lm.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = prompt[:, -1:]
+
+    def once() -> None:
+        lm.model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return once
+
+
+def compared(where: dict[str, object], seconds: dict[str, float]) -> Iterator[dict[str, object]]:
+    """A row per contender: milliseconds, and how many times as fast as fp32, bf16 and torch's INT8."""
+    for name, value in seconds.items():
+        row = {**where, "model": name, "ms": 1000 * value}
+        yield row | {f"× {other}": seconds[other] / value for other in ("fp32", "bf16", "torch dynamic INT8")}
+
+
+# --- memory ---
+
+_MEASURE = """
+import gc, psutil, sys, torch
+import sqviz, sqviz.quant.checkpoint, transformers.models.llama.modeling_llama
+import accelerate, ctypes
+from sqviz.models.tiny import tiny
+with torch.inference_mode():  # what code and compiled kernels take is not the model's
+    small = sqviz.quantize(tiny("LlamaForCausalLM"), sqviz.SMOOTHQUANT_LLAMA, backend="auto", head=True)
+    small.model(torch.tensor([[1, 2, 3]]))
+def trim():
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+trim()
+before = psutil.Process().memory_info().rss
+kind, place = sys.argv[1:]
+lm = sqviz.load_int8(place) if kind == "int8" else sqviz.load(dtype=kind)
+for tensor in (*lm.model.parameters(), *lm.model.buffers()):
+    tensor.view(-1)[:: 512].sum().item() if tensor.numel() else None  # files are mapped: have every page read
+with torch.inference_mode():
+    lm.model(torch.tensor([[1, 2, 3]]))
+trim()
+tensors = {id(t): t for t in (*lm.model.parameters(), *lm.model.buffers())}.values()
+held = sum(t.numel() * t.element_size() for t in tensors)
+print(psutil.Process().memory_info().rss - before, held)
+"""
+
+
+def memory() -> None:
+    """Resident memory that a model adds to a process of its own, after one pass; and the bytes of its tensors."""
+    half = sqviz.load(dtype="bfloat16")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = {"fp32": ("float32", ""), "bf16": ("bfloat16", "")}
+        for name, head in (("INT8, 16-bit embedding and head", False), ("INT8, embedding and head too", True)):
+            lm = sqviz.quantize(half, sqviz.SMOOTHQUANT_LLAMA, backend="auto", head=head)
+            kinds[name] = ("int8", str(sqviz.save_int8(lm, Path(folder) / str(head))))
+        for name, arguments in kinds.items():
+            run = subprocess.run(
+                [sys.executable, "-c", _MEASURE, *arguments], check=True, capture_output=True, text=True
+            )
+            resident, held = map(int, run.stdout.split()[-2:])
+            rows.append({"model": name, "resident MB": resident / 1e6, "tensors MB": held / 1e6})
+    for row in rows:
+        row["resident / bf16"] = row["resident MB"] / rows[1]["resident MB"]
+        row["tensors / bf16"] = row["tensors MB"] / rows[1]["tensors MB"]
+    table("memory", rows)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Run what was named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["operators", "context", "decode", "memory"])
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    machine = psutil.virtual_memory().total / 2**30
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {machine:.0f} GiB, torch {torch.__version__}"
+    )
+    if "operators" in given.what:
+        operators(3 * given.rounds)
+    if {"context", "decode"} & set(given.what):
+        contenders = models()
+        if "context" in given.what:
+            context(contenders, given.rounds)
+        if "decode" in given.what:
+            decode(contenders, 3 * given.rounds)
+    if "memory" in given.what:
+        memory()
+
+
+if __name__ == "__main__":
+    main()
