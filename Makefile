@@ -50,6 +50,7 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/sqviz fetch
 	$(BIN)/python -m benchmarks
+	$(BIN)/python kernels/bench.py
 
 gpu-check:
 	$(MAKE) setup EXTRAS=dev,gpu

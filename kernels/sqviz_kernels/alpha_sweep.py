@@ -8,7 +8,7 @@
                 error[token] += Σ (Y − Ŷ)²                               difference in float32, squared in float64
 
 Steps are one per token or given, one per out channel or given (thesis equation 3.2); codes have 8 bits or fewer. The
-product is the tile of vnni_tile.py. Where the processor lacks VNNI it is torch's int8 product, if that is exact on this
+product is the tile of vnni_tile.py. Where the processor lacks VNNI it is torch's INT8 product, if that is exact on this
 machine, or a float32 product of 1024 channels at a time, which holds every sum of so many products exactly. Everything
 else is the same code, so that the errors are the same to the last bit.
 
@@ -30,6 +30,7 @@ from sqviz.errors import NonFinite, SqvizError
 from sqviz.progress import CancelToken
 from sqviz_kernels import alpha_loops as loops
 from sqviz_kernels.cpu import run, threads_for
+from sqviz_kernels.cpu_onednn import why_not_exact
 from sqviz_kernels.spec import TOP, check_channels
 from sqviz_kernels.vnni_tile import HAVE_VNNI, WIDE
 
@@ -131,7 +132,7 @@ class _Codes:
 
 def _codes(x: np.ndarray, s: np.ndarray, given: np.ndarray, top: np.float32, threads: int) -> _Codes:
     (tokens, channels), alphas = x.shape, len(s)
-    bytes_ = channels
+    bytes_ = max(2, channels)
     if HAVE_VNNI:
         bytes_ = -(-channels // 64) * 64
         bytes_ += 64 * (bytes_ % 1024 == 0)  # rows a power of two apart would share few lines of the cache
@@ -209,23 +210,9 @@ def _check(
 # --- without VNNI ---
 
 
-@functools.cache
-def product_is_exact() -> bool:
-    """Whether `torch._int_mm` works here and does not saturate on the way (as int8 instructions without VNNI can)."""
-    a = torch.full((17, 96), 127, dtype=torch.int8)
-    b = torch.full((33, 96), 127, dtype=torch.int8)
-    a[::2] = -127
-    b[:, ::3] = -127
-    try:
-        got = torch._int_mm(a, b.t())
-    except (RuntimeError, NotImplementedError):
-        return False
-    return torch.equal(got.long(), a.long() @ b.long().t())
-
-
 def _product(x: Int8[Tensor, "token channel"], w: Int8[Tensor, "out channel"]) -> Int32[Tensor, "token out"]:
-    """X̄ W̄ᵀ, exact."""
-    if product_is_exact():
+    """X̄ W̄ᵀ, exact; rows are at least two bytes apart (see cpu_onednn.py)."""
+    if why_not_exact() is None:
         return torch._int_mm(x, w.t())
     sums = torch.zeros(len(x), len(w), dtype=torch.int32)
     for first in range(0, x.shape[1], FLOAT_CHANNELS):
@@ -253,9 +240,9 @@ def _portable(
     for item in range(first, first + count):
         alpha, group = divmod(item, groups)
         left, right = bounds[group] * WIDE, min(out, bounds[group + 1] * WIDE)
-        values, steps = np.empty((right - left, channels), np.int8), np.empty(right - left, np.float32)
+        values, steps = np.empty((right - left, max(2, channels)), np.int8), np.empty(right - left, np.float32)
         bad += loops.codes_of(0, right - left, w[left:right], s[alpha], False, given[alpha], top, values, 0, steps)
-        sums = _product(torch.from_numpy(codes[alpha]), torch.from_numpy(values))
+        sums = _product(*(torch.from_numpy(each)[:, :channels] for each in (codes[alpha], values)))
         y_hat = sums.float().mul_(torch.from_numpy(x_steps[alpha, :, None])).mul_(torch.from_numpy(steps))
         loops.add_errors(0, len(y), y_hat.numpy(), right - left, y, left, out_weight, found[alpha, group])
     return bad

@@ -203,7 +203,8 @@ class _Builder:
         """A tensor of the file. Raises `SqvizError` naming one that is missing."""
         if name not in self.names:
             raise SqvizError(f"{self.place / TENSORS} lacks {name!r}: the folder is not whole. Write it anew.")
-        return self.file.get_tensor(name)
+        found = self.file.get_tensor(name)
+        return found if name.endswith(".codes") else found.clone()  # one that is kept would hold the whole file mapped
 
     def maybe(self, name: str) -> Tensor | None:
         """A tensor of the file, or None."""
