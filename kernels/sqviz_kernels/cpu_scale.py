@@ -12,7 +12,7 @@ from sqviz_kernels.cpu_loops import floats, ints, write_row
 
 
 @njit(nogil=True, error_model="numpy", inline="always")
-def scale_row(sums, step, w_step, bias, y):  # type: ignore[no-untyped-def]
+def scale_row(sums, step, w_step, bias, y):
     """One row; an empty bias is none."""
     if bias.size:
         for i in range(len(y)):
@@ -23,7 +23,7 @@ def scale_row(sums, step, w_step, bias, y):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def scale_rows(first, stop, count, sums, x_step, step_stride, w_step, bias, out, kind, out_stride):  # type: ignore[no-untyped-def]
+def scale_rows(first, stop, count, sums, x_step, step_stride, w_step, bias, out, kind, out_stride):
     """Rows first … stop − 1 of `count` int32 sums each, one after another in memory.
 
     step_stride: 4, or 0 where one step serves all rows. bias: 0 for none. kind, out_stride: see cpu_loops.
@@ -37,7 +37,7 @@ def scale_rows(first, stop, count, sums, x_step, step_stride, w_step, bias, out,
 
 
 @njit(nogil=True, parallel=True, error_model="numpy", cache=True)
-def scale_rows_threads(threads, rows, count, sums, x_step, step_stride, w_step, bias, out, kind, out_stride):  # type: ignore[no-untyped-def]
+def scale_rows_threads(threads, rows, count, sums, x_step, step_stride, w_step, bias, out, kind, out_stride):
     """All rows, dealt out."""
     for t in prange(threads):
         first, stop = rows * t // threads, rows * (t + 1) // threads

@@ -71,12 +71,12 @@ def _all_sums(b: ir.IRBuilder, x: list[ir.Value], w: list[ir.Value], length: ir.
     return after
 
 
-def _tile(rows: int):  # type: ignore[no-untyped-def]
+def _tile(rows: int):
     """A numba function of addresses that stores the int32 sums [rows][SIDE]; length: channels, in whole chunks."""
 
     @intrinsic
-    def tile(typing, x, x_stride, w, w_stride, length, sums):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def tile(typing, x, x_stride, w, w_stride, length, sums):
+        def generate(context, builder, signature, arguments):
             x, x_stride, w, w_stride, length, sums = arguments
             x, w = [x], [w]
             for _ in range(1, rows):
@@ -99,7 +99,7 @@ _four, _one = _tile(SIDE), _tile(1)
 
 
 @njit(nogil=True, error_model="numpy")
-def _store(sums, step, w_step, bias, first, count, out, kind):  # type: ignore[no-untyped-def]
+def _store(sums, step, w_step, bias, first, count, out, kind):
     """`count` sums of one row, from out channel `first` on, scaled and stored at `out`, the address of the row."""
     for j in range(count):
         n = first + j
@@ -115,7 +115,7 @@ def _store(sums, step, w_step, bias, first, count, out, kind):  # type: ignore[n
 @njit(nogil=True, error_model="numpy", cache=True)
 def tiles_of(
     first, stop, left, right, x, x_stride, w, w_stride, length, x_step, step_stride, w_step, bias, out, kind, out_stride
-):  # type: ignore[no-untyped-def]
+):
     """Rows first … stop − 1 times out channels left … right − 1 (left a multiple of 4); all addresses are row 0's.
 
     step_stride: 4, or 0 where one step serves all rows. bias: 0 for none. kind: of the output, see cpu_loops.
@@ -143,7 +143,7 @@ def tiles_of(
 @njit(nogil=True, parallel=True, error_model="numpy", cache=True)
 def tiles_of_threads(
     threads, rows, outs, x, x_stride, w, w_stride, length, x_step, step_stride, w_step, bias, out, kind, out_stride
-):  # type: ignore[no-untyped-def]
+):
     """All rows times all out channels, dealt out by rows where there are many, else by out channels."""
     tall, wide = (rows + SIDE - 1) // SIDE, (outs + SIDE - 1) // SIDE
     by_rows = tall >= 4 * threads
