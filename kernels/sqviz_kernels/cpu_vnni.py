@@ -53,7 +53,7 @@ class Vnni(CpuBackend):
         check_channels(channels)
         order = _order(out, gated)
         rows = _pick(w, order)
-        fours = -(-channels // 4)
+        fours = max(1, -(-channels // 4))  # zeros, where there is no channel at all
         rows = torch.nn.functional.pad(rows, (0, 4 * fours - channels))
         values = rows.view(-1, WIDE, fours, 4).transpose(1, 2).contiguous()
         start = rows.sum(1, dtype=torch.int32) * -128
