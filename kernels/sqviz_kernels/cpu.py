@@ -156,7 +156,7 @@ class CpuBackend(Backend):
                     "can represent. Find where they come from: a model in float16 that overflows runs in bfloat16."
                 )
 
-        if step is None and share == "tensor":
+        if step is None and share == "tensor" and rows != 1:  # one row is the whole tensor
             go(_DYNAMIC, 0)  # leaves the bits of max|x| in steps
             most = steps.amax(0, keepdim=True) if rows else torch.zeros(1)
             step = most / TOP
