@@ -71,11 +71,11 @@ def test_sliders_and_boxes_act_while_it_runs(lab):
         "input => { input.value = 12; input.dispatchEvent(new Event('input', { bubbles: true })); }"
     )
     for _ in range(100):
-        if told(lab, "repr(view._lanes['sinks'].policy)") == "Sinks(4, 12)":
+        if told(lab, "view._lanes['sinks']._reader.cache.kept") == 16:  # one step after the policy is there
             break
         page.wait_for_timeout(100)
     assert told(lab, "repr(view._lanes['sinks'].policy)") == "Sinks(4, 12)"
-    assert told(lab, "view._lanes['sinks']._reader.cache.kept") == 16
+    assert told(lab, "view._lanes['sinks']._reader.cache.kept") in (15, 16)  # 15 while a step is under way
     assert lane(page, "dense").count() == 0
     page.locator("label", has_text="Dense").locator("input").check()
     lane(page, "dense").locator(".st-token").nth(5).wait_for(timeout=60_000)
