@@ -54,6 +54,7 @@ _HOMES = {
     "sqviz.evaluation.arc_stream": ["arc_stream"],
     "sqviz.evaluation.stream_cost": ["stream_cost"],
     "sqviz.evaluation.sinks": ["sinks"],
+    "sqviz.evaluation.model_cost": ["model_cost"],
     "sqviz.widgets.smoothing": ["explore_smoothing"],
     "sqviz.widgets.sink_explorer": ["explore_sinks"],
     "sqviz.widgets.stream_explorer": ["explore_stream"],
