@@ -10,9 +10,8 @@ linear of its own, whose kernel for int8 activations is oneDNN's reference loop 
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Int8
@@ -70,19 +69,24 @@ OPERATIONS = ("pack", "unpack", "rows", "quantise", "plain_codes", "linear", "no
 """What a backend computes: none of it is for torch.compile to look into."""
 
 
-def _opaque(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """The operation, called as it is by a compiled function too (half a microsecond where torch._dynamo is loaded)."""
+Operation = TypeVar("Operation", bound=Callable[..., Any])
+
+
+def opaque(operation: Operation) -> Operation:
+    """The operation, which a compiled function calls as it is and does not look into."""
     disabled: list[Callable[..., Any]] = []
 
-    @functools.wraps(operation)
     def call(*arguments: Any, **named: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:  # nothing can be compiled so far; loading it takes 1.5 s
+        if not torch.compiler.is_dynamo_compiling():
             return operation(*arguments, **named)
         if not disabled:
             disabled.append(torch.compiler.disable(operation, reason="INT8 kernels run outside of compiled graphs"))
         return disabled[0](*arguments, **named)
 
-    return call
+    call.__code__ = call.__code__.replace(
+        co_name=operation.__name__
+    )  # one of its own: torch counts recompilations of it
+    return cast(Operation, functools.wraps(operation)(call))
 
 
 class Backend:
@@ -183,7 +187,7 @@ class Backend:
 def _hide_operations(kind: type[Backend]) -> None:
     for name in OPERATIONS:
         if name in kind.__dict__:
-            setattr(kind, name, _opaque(kind.__dict__[name]))
+            setattr(kind, name, opaque(kind.__dict__[name]))
 
 
 _hide_operations(Backend)

@@ -74,7 +74,7 @@ def vector(values: Float[Tensor, " channel"] | None, channels: int) -> Float[Ten
         return None
     if values.shape != (channels,):
         raise SqvizError(f"a vector has shape {tuple(values.shape)} where {channels} channels are read.")
-    return values.float().contiguous()
+    return values if values.dtype == torch.float32 and values.is_contiguous() else values.float().contiguous()
 
 
 class CpuBackend(Backend):
@@ -142,24 +142,29 @@ class CpuBackend(Backend):
         codes = torch.empty(rows, stride, dtype=torch.uint8 if shift else torch.int8)
         steps = torch.empty(rows)
         threads = threads_for(x.numel())
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (gain, bias, divisor)]
-        source = (x.data_ptr(), x.stride(0) * x.element_size(), _KINDS[x.dtype], channels)
-        arguments = (*source, norm, pointers[0], pointers[1], np.float32(eps), pointers[2])
-
-        def go(given: np.float32, codes_at: int) -> None:
-            to = (0, 0) if y is None else (y.data_ptr(), y.stride(0) * y.element_size())
-            after = (*to, codes_at, stride, shift, steps.data_ptr())
-            bad = run(threads, loops.quantise_rows, loops.quantise_rows_threads, rows, *arguments, given, *after)
-            if bad:
-                raise NonFinite(
-                    f"{bad} of {rows} rows of the input of an INT8 product hold a NaN or an infinity, which no step "
-                    "can represent. Find where they come from: a model in float16 that overflows runs in bfloat16."
-                )
-
+        before = (
+            *(x.data_ptr(), x.stride(0) * x.element_size(), _KINDS[x.dtype], channels, norm),
+            *(0 if gain is None else gain.data_ptr(), 0 if bias is None else bias.data_ptr(), np.float32(eps)),
+            0 if divisor is None else divisor.data_ptr(),
+        )
+        to = (0, 0) if y is None else (y.data_ptr(), y.stride(0) * y.element_size())
+        given = _DYNAMIC
         if step is None and share == "tensor" and rows != 1:  # one row is the whole tensor
-            go(_DYNAMIC, 0)  # leaves the bits of max|x| in steps
+            _quantised(threads, rows, *before, _DYNAMIC, *to, 0, stride, shift, steps.data_ptr())
             most = steps.amax(0, keepdim=True) if rows else torch.zeros(1)
             step = most / TOP
             step = torch.where(step < TINY, 0.0, step)
-        go(_DYNAMIC if step is None else np.float32(step.item()), codes.data_ptr())
+        if step is not None:
+            given = np.float32(step.item())
+        _quantised(threads, rows, *before, given, *to, codes.data_ptr(), stride, shift, steps.data_ptr())
         return Codes(codes, steps if step is None else step.float(), rows, channels)
+
+
+def _quantised(threads: int, rows: int, *arguments: Any) -> None:
+    """`loops.quantise_rows` over all rows. Raises `NonFinite`."""
+    bad = run(threads, loops.quantise_rows, loops.quantise_rows_threads, rows, *arguments)
+    if bad:
+        raise NonFinite(
+            f"{bad} of {rows} rows of the input of an INT8 product hold a NaN or an infinity, which no step can "
+            "represent. Find where they come from: a model in float16 that overflows runs in bfloat16."
+        )

@@ -220,6 +220,21 @@ class Executor:
                     return
 
 
+def ease_head(model: nn.Module) -> None:
+    """Let a floating-point head read rows that lie side by side.
+
+    oneDNN's bfloat16 product takes 50 ms a row, in place of 4 ms for all, where a row's stride is not its length, as in
+    the last tokens that `logits_to_keep=1` cuts out of a prompt (torch 2.13, 576 × 49152).
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, nn.Linear):
+        head.register_forward_pre_hook(_side_by_side)
+
+
+def _side_by_side(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (arguments[0].clone(memory_format=torch.contiguous_format), *arguments[1:])
+
+
 def _close(got: Any, expected: Tensor) -> bool:
     """Whether it is a tensor that differs by rounding only."""
     if not isinstance(got, Tensor) or got.shape != expected.shape:

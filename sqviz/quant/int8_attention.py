@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from jaxtyping import Float
 from sqviz_kernels import spec
-from sqviz_kernels.backend import Backend
+from sqviz_kernels.backend import Backend, opaque
 from sqviz_kernels.dispatch import best
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@opaque
 def attention(
     module: nn.Module,
     query: Float[Tensor, "batch head query dim"],

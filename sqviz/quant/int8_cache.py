@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int8
+from sqviz_kernels.backend import opaque
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -56,6 +57,7 @@ class Int8Layer(CacheLayerMixin):
             ]
         self.is_initialized = True
 
+    @opaque
     @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new keys and values; returns all of them, as codes with their steps or as floats.

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, Int8
-from sqviz_kernels.backend import Backend, Codes, Packed
+from sqviz_kernels.backend import Backend, Codes, Packed, opaque
 from sqviz_kernels.spec import Norm, Share
 from torch import Tensor, nn
 
@@ -177,6 +177,7 @@ class W8A8Linear(nn.Module):
         """b."""
         return None if self.product.bias is None else self.product.bias[self.start : self.stop]
 
+    @opaque
     def forward(self, x: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows out"]:
         """[… channel] → [… out], in the dtype of X. Raises `NonFinite`."""
         carried = self.site.carried(x)
@@ -209,6 +210,7 @@ class W8A8Norm(nn.Module):
         self.site = site
         self._gain: tuple[Any, Tensor, Tensor | None] | None = None
 
+    @opaque
     def forward(self, x: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows channel"]:
         """The normalised X, in its dtype, its codes travelling with it. Raises `NonFinite`."""
         gain, bias = self._vectors()
@@ -251,6 +253,7 @@ class GatedMLP(nn.Module):
     front: W8A8Linear
     back: W8A8Linear
 
+    @opaque
     def forward(self, x: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows channel"]:
         """[… channel] → [… channel]. Raises `NonFinite`."""
         if any(child._forward_hooks or child._forward_pre_hooks for child in self.children()):
@@ -283,6 +286,7 @@ class W8A8Embedding(nn.Module):
         """All rows, made anew at every look."""
         return self.head.weight.to(self.dtype)
 
+    @opaque
     def forward(self, ids: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows channel"]:
         """The rows of these tokens."""
         product = self.head.product

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from sqviz_kernels.backend import Codes
+from sqviz_kernels.backend import Codes, opaque
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -48,6 +48,7 @@ class W8A8Experts(nn.Module):
             if isinstance(value, int | float) and not name.startswith("_") and not hasattr(self, name):
                 setattr(self, name, value)
 
+    @opaque
     def forward(
         self,
         hidden: Float[Tensor, "token channel"],

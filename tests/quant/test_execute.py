@@ -132,6 +132,21 @@ def test_the_original_stays_and_a_copy_works():
     assert torch.equal(logits(executed.replace(model=copy.deepcopy(executed.model))), found)
 
 
+def test_a_floating_point_head_reads_rows_that_lie_side_by_side():
+    lm = tiny("LlamaForCausalLM")
+    executed = quantize(lm, SMOOTHQUANT_LLAMA, backend="auto")
+    seen = []
+    with torch.no_grad():
+        rows = torch.arange(2 * 3 * 48.0).view(2, 3, 48)[:, -1:]
+        hook = executed.model.lm_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        got = executed.model.lm_head(rows)
+        hook.remove()
+        assert torch.equal(got, lm.model.lm_head(rows))
+    assert rows.stride() == (144, 48, 1)
+    assert seen[0].stride() == (48, 48, 1)
+    assert not lm.model.lm_head._forward_pre_hooks, "the user's own model is left alone"
+
+
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "LlamaForCausalLM/tied-bias", "OPTForCausalLM"])
 def test_the_head_in_integers(name):
     lm, _, executed = pair(name, SMOOTHQUANT_LLAMA, head=True)
