@@ -3,31 +3,38 @@
     python kernels/bench.py operators           each operator beside fp32, bf16 and oneDNN's bare product
     python kernels/bench.py context decode      whole models in the form of the thesis's Figure 3.6 and Table 3.8
     python kernels/bench.py memory              resident memory of each model in a process of its own
-    python kernels/bench.py                     all of it, `make bench` runs this; rows go to kernels/results/*.csv
+    python kernels/bench.py compiled            models under torch.compile, and torchao's (half an hour of compiling)
+    python kernels/bench.py plot                kernels/results/*.csv as docs/pictures/int8.png
+    python kernels/bench.py                     the first four, `make bench` runs this; rows go to kernels/results/*.csv
+
+torchao and bitsandbytes take part where they are installed (pip install torchao bitsandbytes). "peak MB" is what one
+call adds to the resident memory while it runs.
 
 Beside each operator stands the share of the roofline it reaches: the larger of its weights' bytes over the measured
 read bandwidth and its products over the measured INT8 peak, over the time it took.
 """
 
 import argparse
-import copy
 import csv
+import ctypes
+import functools
 import gc
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import torch
+from bench_peers import installed, peers, torchao
 from sqviz_kernels.dispatch import backends, get
 from torch.nn.functional import linear
 
 import sqviz
+from sqviz.quant.execute import ease_head
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {  # name: (channels, out)
@@ -44,6 +51,8 @@ SHAPES = {  # name: (channels, out)
 ROWS = (1, 16, 512)
 CONTEXTS = ((4, 128), (4, 256), (4, 512), (4, 1024))
 DECODES = ((1, 512), (1, 1024), (16, 512), (16, 1024))
+SHOWN = ("fp32", "bf16", "torch dynamic INT8", "torchao", "recipe")
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "int8.png"
 Work = dict[str, Callable[[], object]]
 
 
@@ -62,6 +71,21 @@ def interleaved(work: Work, rounds: int, least_seconds: float = 0.0) -> dict[str
                 call()
             found[name].append((time.perf_counter() - start) / repeats[name])
     return {name: statistics.median(values) for name, values in found.items()}
+
+
+def peak(call: Callable[[], object]) -> float:
+    """MB that a call adds to the resident memory while it runs; NaN where the system does not tell (not Linux)."""
+    process, status = psutil.Process(), Path("/proc/self/status")
+    gc.collect()
+    try:
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+        before = process.memory_info().rss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        call()
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    except OSError:
+        return float("nan")
+    return int(line.split()[1]) * 1024 / 1e6 - before / 1e6
 
 
 def table(title: str, rows: list[dict[str, object]]) -> None:
@@ -142,13 +166,10 @@ def operators(rounds: int) -> None:
 def models() -> dict[str, sqviz.LM]:
     """The contenders, by name."""
     full, half = sqviz.load(), sqviz.load(dtype="bfloat16")
+    ease_head(half.model)  # else its head takes 50 ms a row, which would be said to INT8's favour
     text = sqviz.text()
     magnitudes = sqviz.capture(full, text, samples=16, length=512)
-    dynamic = copy.deepcopy(full.model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dynamic = torch.ao.quantization.quantize_dynamic(dynamic, {torch.nn.Linear}, dtype=torch.qint8)
-    found = {"fp32": full, "bf16": half, "torch dynamic INT8": full.replace(model=dynamic)}
+    found = {"fp32": full, "bf16": half, **peers(full, half)}
     smoothed = sqviz.smooth(half, magnitudes, 0.5)
     for name, scheme in (("O1", sqviz.SMOOTHQUANT_O1), ("O2", sqviz.SMOOTHQUANT_O2), ("O3", sqviz.SMOOTHQUANT_O3)):
         found[name] = sqviz.quantize(smoothed, scheme, magnitudes, backend="auto", attention=True, head=True)
@@ -169,7 +190,7 @@ def context(contenders: dict[str, sqviz.LM], rounds: int) -> None:
             name: lambda m=lm.model, p=prompt: m(input_ids=p, use_cache=True, logits_to_keep=1)
             for name, lm in contenders.items()
         }
-        rows += compared({"batch": batch, "tokens": length}, interleaved(work, rounds))
+        rows += compared({"batch": batch, "tokens": length}, work, rounds)
     table("context", rows)
 
 
@@ -179,7 +200,7 @@ def decode(contenders: dict[str, sqviz.LM], rounds: int) -> None:
     rows = []
     for batch, length in DECODES:
         work = {name: step(lm, ids[: batch * length].view(batch, length)) for name, lm in contenders.items()}
-        rows += compared({"batch": batch, "tokens": length}, interleaved(work, rounds))
+        rows += compared({"batch": batch, "tokens": length}, work, rounds)
         del work
         gc.collect()
     table("decode", rows)
@@ -200,11 +221,57 @@ def step(lm: sqviz.LM, prompt: torch.Tensor) -> Callable[[], object]:
     return once
 
 
-def compared(where: dict[str, object], seconds: dict[str, float]) -> Iterator[dict[str, object]]:
-    """A row per contender: milliseconds, and how many times as fast as fp32, bf16 and torch's INT8."""
+def compared(where: dict[str, object], work: Work, rounds: int) -> Iterator[dict[str, object]]:
+    """A row per contender: milliseconds, how many times as fast as others, and memory that a call takes for itself."""
+    seconds = interleaved(work, rounds)
+    others = [name for name in ("fp32", "bf16", "torch dynamic INT8", "torchao") if name in seconds]
     for name, value in seconds.items():
         row = {**where, "model": name, "ms": 1000 * value}
-        yield row | {f"× {other}": seconds[other] / value for other in ("fp32", "bf16", "torch dynamic INT8")}
+        yield row | {f"× {other}": seconds[other] / value for other in others} | {"peak MB": peak(work[name])}
+
+
+def compiled(rounds: int) -> None:
+    """Both stages at 512 tokens under torch.compile: ours, bf16, and torchao's where it is installed."""
+    torch._dynamo.config.recompile_limit = 64
+    full, half = sqviz.load(), sqviz.load(dtype="bfloat16")
+    ease_head(half.model)
+    smoothed = sqviz.smooth(half, sqviz.capture(full, sqviz.text(), samples=4, length=512), 0.5)
+    recipe = sqviz.quantize(smoothed, sqviz.SMOOTHQUANT_LLAMA, backend="auto", attention=True, head=True)
+    contenders = {"fp32": full, "bf16": half, "recipe": recipe}
+    contenders |= {f"{name}, compiled": lm.replace(model=torch.compile(lm.model)) for name, lm in contenders.items()}
+    if "torchao" in installed():
+        contenders["torchao, compiled"] = full.replace(model=torch.compile(torchao(full)))
+    ids = sqviz.text().tokens(full.tokenizer, limit=4 * 512).view(4, 512)
+    rows: list[dict[str, object]] = []
+    for stage, batch in (("context", 4), ("decode", 1)):
+        work: Work = {}
+        for name, lm in contenders.items():
+            start = time.perf_counter()
+            read = functools.partial(lm.model, input_ids=ids, use_cache=True, logits_to_keep=1)
+            work[name] = read if stage == "context" else step(lm, ids[:1])
+            for _ in range(3):  # what is compiled for one length is compiled anew for any
+                work[name]()
+            print(f"{stage}, {name}: ready after {time.perf_counter() - start:.0f} s", flush=True)
+        rows += compared({"stage": stage, "batch": batch, "tokens": 512}, work, rounds)
+    table("compiled", rows)
+
+
+def plot() -> None:
+    """Milliseconds of each contender, as a picture for the README."""
+    from sqviz.widgets.bars_still import bars_still
+
+    panels: dict[str, dict[str, float]] = {}
+    for stage, where, title in (
+        ("context", ("4", "512"), "reading 4 × 512 tokens, ms"),
+        ("decode", ("1", "512"), "one more token after 512, ms"),
+    ):
+        with (RESULTS / f"{stage}.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if (row["batch"], row["tokens"]) == where]
+        panels[title] = {row["model"]: float(row["ms"]) for row in rows if row["model"] in SHOWN}
+    still = bars_still(
+        panels, "SmolLM2-135M on two threads of a CPU with AVX-512 VNNI", "kernels/bench.py; shorter is better"
+    )
+    PICTURE.write_bytes(still.png())
 
 
 # --- memory ---
@@ -277,6 +344,10 @@ def main() -> None:
             decode(contenders, 3 * given.rounds)
     if "memory" in given.what:
         memory()
+    if "compiled" in given.what:
+        compiled(given.rounds)
+    if "plot" in given.what:
+        plot()
 
 
 if __name__ == "__main__":
