@@ -1,7 +1,8 @@
 """What INT8 costs and buys on this machine: operators, whole models, memory. Interleaved, medians, ratios.
 
     python kernels/bench.py operators           each operator beside fp32, bf16 and oneDNN's bare product
-    python kernels/bench.py context decode      whole models in the form of the thesis's Figure 3.6 and Table 3.8
+    python kernels/bench.py context decode      whole models in the form of the thesis's Figure 3.6 and Table 3.8, and
+                                                their perplexity
     python kernels/bench.py memory              resident memory of each model in a process of its own
     python kernels/bench.py compiled            models under torch.compile, and torchao's (half an hour of compiling)
     python kernels/bench.py plot                kernels/results/*.csv as docs/pictures/int8.png
@@ -180,6 +181,16 @@ def models() -> dict[str, sqviz.LM]:
     return found
 
 
+def quality(contenders: dict[str, sqviz.LM]) -> None:
+    """Perplexity on text that was not calibrated on: what the speed costs."""
+    held = sqviz.text().tokens(contenders["fp32"].tokenizer, limit=200_000)[-8 * 512 :]
+    found = {name: sqviz.perplexity(lm, held) for name, lm in contenders.items()}
+    table(
+        "quality",
+        [{"model": name, "perplexity": value, "× fp32": value / found["fp32"]} for name, value in found.items()],
+    )
+
+
 def context(contenders: dict[str, sqviz.LM], rounds: int) -> None:
     """The context stage: a prompt read at once, logits of the last token."""
     ids = sqviz.text().tokens(contenders["fp32"].tokenizer, limit=max(b * t for b, t in CONTEXTS))
@@ -338,6 +349,7 @@ def main() -> None:
         operators(3 * given.rounds)
     if {"context", "decode"} & set(given.what):
         contenders = models()
+        quality(contenders)
         if "context" in given.what:
             context(contenders, given.rounds)
         if "decode" in given.what:
