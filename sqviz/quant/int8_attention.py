@@ -9,7 +9,7 @@ from a cache that holds codes) and calls the backend; norms, softmax and rotary 
 import functools
 from typing import Any, cast
 
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from sqviz_kernels import spec
 from sqviz_kernels.backend import Backend, opaque
 from sqviz_kernels.dispatch import best
@@ -87,12 +87,24 @@ def codes_of(
     states: Float[Tensor, "batch head token dim"], backend: Backend | None
 ) -> tuple[Tensor, Float[Tensor, "batch head token"]]:
     """Codes and steps per token and head: those that a cache holds, or made now. Raises `NonFinite`."""
-    found = getattr(states, "_sqviz_steps", None)
-    if found is not None:
-        return states, found
+    if hasattr(states, "_sqviz_steps"):
+        return states, steps_of(states)
     rows = states.reshape(-1, states.shape[3])
     codes, steps = spec.quantise(rows) if backend is None else backend.plain_codes(rows)
     return codes.view(states.shape), steps.view(states.shape[:3])
+
+
+def with_steps(
+    codes: Int8[Tensor, "batch head token dim"], steps: Float[Tensor, "batch head token"]
+) -> Int8[Tensor, "batch head token dim"]:
+    """Codes that carry their steps, as a cache gives them to the attention."""
+    codes._sqviz_steps = steps  # type: ignore[attr-defined]
+    return codes
+
+
+def steps_of(codes: Int8[Tensor, "batch head token dim"]) -> Float[Tensor, "batch head token"]:
+    """The steps that codes carry."""
+    return cast(Tensor, codes._sqviz_steps)  # type: ignore[attr-defined]
 
 
 def uses(lm: LM) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sqviz.models.lm import LM
-from sqviz.quant.int8_attention import backend_of, codes_of, uses_codes
+from sqviz.quant.int8_attention import backend_of, codes_of, uses_codes, with_steps
 
 FIRST = 256
 """Tokens for which there is room at first."""
@@ -78,8 +78,7 @@ class Int8Layer(CacheLayerMixin):
     def _given(self, codes: Int8[Tensor, "batch head slot dim"], steps: Float[Tensor, "batch head slot"]) -> Tensor:
         if not self._codes:
             return (codes * steps[..., None]).to(self.dtype)
-        codes._sqviz_steps = steps  # type: ignore[attr-defined]
-        return codes
+        return with_steps(codes, steps)
 
     def _room(self, needed: int) -> None:
         length = self.buffers[0].shape[2]

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sqviz.errors import SqvizError
+from sqviz.quant.int8_attention import backend_of, uses_codes
 from sqviz.streaming.policies import capacity
 from sqviz.streaming.positions import Rotary, angles, turn
-from sqviz.streaming.storage import Int8Store, Store, zeros
+from sqviz.streaming.storage import CodeStore, Int8Store, Store, zeros
 
 if TYPE_CHECKING:
     from sqviz.streaming.cache import SinkCache
@@ -49,8 +50,8 @@ class SinkLayer(CacheLayerMixin):
         """Make the stores, as long as the cache says."""
         self.dtype, self.device = key_states.dtype, key_states.device
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        pair, store = (key_states, value_states), Int8Store if self.cache.int8 else Store
-        self.stores = [store(x, self.cache.length) for x in pair]
+        pair = key_states, value_states
+        self.stores = [self._store(x) for x in pair]
         self.sinks = [zeros(x, self.cache.slots, wide) for x in pair]
         self.base = self.cache.state.base
         self.is_initialized = True
@@ -69,16 +70,21 @@ class SinkLayer(CacheLayerMixin):
             store.write(now.start, states)
         if self.cache.arriving:
             self.remember(self.cache.arriving, (key_states, value_states))
-        if now.each:
-            found = [
-                torch.cat([self._own(which), store.read(now.window, now.end)], 2)
-                for which, store in enumerate(self.stores)
-            ]
-        else:
-            found = [store.read(now.window - now.taken, now.end) for store in self.stores]
-            for which in (0, 1) if now.taken else ():
-                found[which][:, :, : now.taken] = self._placed(which)
+        found = [store.attended(now.window - (0 if now.each else now.taken), now.end) for store in self.stores]
+        for which, store in enumerate(self.stores):
+            if now.each:
+                found[which] = store.join(self._own(which), found[which])
+            elif now.taken:
+                store.put(self._placed(which), found[which])
         return found[0], found[1]
+
+    def _store(self, like: Tensor) -> Store:
+        cache = self.cache
+        if not cache.int8:
+            return Store(like, cache.length)
+        if not uses_codes(cache.lm):
+            return Int8Store(like, cache.length)
+        return CodeStore(like, cache.length, backend=backend_of(cache.lm))
 
     def _placed(self, which: int) -> Float[Tensor, "batch head sink dim"]:
         """The sinks where the queries of this pass want them."""
@@ -90,7 +96,7 @@ class SinkLayer(CacheLayerMixin):
         sinks = self.sinks[which][:, :, None, : self.cache.now.taken]
         if which == self._turned:
             sinks = turn(sinks, self.cache.angles_of(self.omega), self._pairs)
-        return sinks.expand(-1, -1, self.cache.now.new, -1, -1).flatten(2, 3).to(self.dtype)
+        return sinks.expand(-1, -1, self.cache.now.new, -1, -1).flatten(2, 3)
 
     @torch.no_grad()
     def remember(self, columns: Mapping[int, Int[Tensor, " row"]], new: tuple[Tensor, Tensor] | None = None) -> None:

@@ -2,14 +2,16 @@
 
 A `Store` is one buffer [batch head index dim] with the operations that a stream needs. `Int8Store` keeps a code per
 value and one step per token and head, a quarter of float32: what W8A8 models need beside INT8 weights once texts are
-long.
+long. `CodeStore` is the same for a model with INT8 attention, which multiplies the codes as they lie.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
+from sqviz_kernels.backend import Backend
 from torch import Tensor
 
 from sqviz.quant.granularity import PerToken
+from sqviz.quant.int8_attention import codes_of, steps_of, with_steps
 from sqviz.quant.quantize import quantize_tensor
 
 Rows = Int[Tensor, " row"]
@@ -44,6 +46,18 @@ class Store:
     def read(self, start: int, stop: int) -> Float[Tensor, "batch head slot dim"]:
         """The slots from `start` up to `stop`; the caller may write to them, and nowhere else."""
         return self.values[:, :, start:stop]
+
+    def attended(self, start: int, stop: int) -> Tensor:
+        """The slots from `start` up to `stop` as the model's attention wants them, [batch head slot dim]."""
+        return self.read(start, stop)
+
+    def put(self, sinks: Float[Tensor, "batch head sink dim"], found: Tensor) -> None:
+        """Write sinks into the first slots of what `attended` gave."""
+        found[:, :, : sinks.shape[2]] = sinks
+
+    def join(self, sinks: Float[Tensor, "batch head sink dim"], found: Tensor) -> Tensor:
+        """Sinks, and after them what `attended` gave."""
+        return torch.cat([sinks.to(self.dtype), found], 2)
 
     def copy(self, start: int, other: "Store", first: int, stop: int) -> None:
         """Fill the slots from `start` on with those from `first` up to `stop` of another store of the same kind."""
@@ -118,6 +132,46 @@ class Int8Store(Store):
     def load(self, tensors: list[Tensor]) -> None:
         """Take over what `tensors` of another one of the same kind gave."""
         self.codes, self.steps = tensors
+
+
+class CodeStore(Int8Store):
+    """An `Int8Store` whose codes the model's attention takes; placed sinks are quantised anew, they are few."""
+
+    def __init__(
+        self,
+        like: Float[Tensor, "batch head _ dim"],
+        length: int,
+        dtype: torch.dtype | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        """An empty buffer; the backend quantises, as its own attention would."""
+        super().__init__(like, length, dtype)
+        self._backend = backend
+
+    def write(self, start: int, states: Float[Tensor, "batch head token dim"]) -> None:
+        """Fill the slots from `start` on. Raises `NonFinite` for NaN or infinities."""
+        codes, steps = codes_of(states, self._backend)
+        here = slice(start, start + states.shape[2])
+        self.codes[:, :, here], self.steps[:, :, here, 0] = codes, steps
+
+    def attended(self, start: int, stop: int) -> Int8[Tensor, "batch head slot dim"]:
+        """The codes themselves, with their steps."""
+        return with_steps(self.codes[:, :, start:stop], self.steps[:, :, start:stop, 0])
+
+    def put(self, sinks: Float[Tensor, "batch head sink dim"], found: Tensor) -> None:
+        """Write the codes of sinks into the first slots of what `attended` gave."""
+        codes, steps = codes_of(sinks, self._backend)
+        found[:, :, : sinks.shape[2]] = codes
+        steps_of(found)[:, :, : sinks.shape[2]] = steps
+
+    def join(self, sinks: Float[Tensor, "batch head sink dim"], found: Tensor) -> Int8[Tensor, "batch head slot dim"]:
+        """Codes of sinks, and after them what `attended` gave."""
+        codes, steps = codes_of(sinks, self._backend)
+        return with_steps(torch.cat([codes, found], 2), torch.cat([steps.to(self.steps.dtype), steps_of(found)], 2))
+
+    def empty(self, length: int) -> "CodeStore":
+        """A new one of another length."""
+        return CodeStore(self.codes, length, self._dtype, self._backend)
 
 
 def zeros(like: Float[Tensor, "batch head _ dim"], length: int, dtype: torch.dtype | None = None) -> Tensor:

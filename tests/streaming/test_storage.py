@@ -4,15 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqviz_kernels.dispatch import best
 from streams import STREAMED, error, feed, model, text
 from transformers import DynamicCache
 
 import sqviz.streaming.cache as cache_module
+import sqviz.streaming.layer as layer_module
 from sqviz.errors import NonFinite
+from sqviz.quant.int8_attention import steps_of
+from sqviz.quant.linear import quantize
+from sqviz.quant.schemes import SMOOTHQUANT_LLAMA
 from sqviz.streaming.cache import SinkCache
 from sqviz.streaming.perplexity import streaming_perplexity
 from sqviz.streaming.policies import Dense, Sinks
-from sqviz.streaming.storage import Int8Store, Store
+from sqviz.streaming.storage import CodeStore, Int8Store, Store
 
 LLAMA = model("LlamaForCausalLM")
 MOVING = ["LlamaForCausalLM", "GPTNeoXForCausalLM", "BloomForCausalLM", "DeepseekV2ForCausalLM"]
@@ -55,7 +60,7 @@ def test_what_is_read_is_what_a_loop_rounds_to(shape, dtype, start):
     assert torch.equal(picked[0].to(dtype), got[-1, :, 0])
 
 
-@pytest.mark.parametrize("kind", [Store, Int8Store])
+@pytest.mark.parametrize("kind", [Store, Int8Store, CodeStore])
 def test_copies_rows_and_parts(kind):
     x = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
     store = kind(x, 7)
@@ -97,6 +102,44 @@ def test_sinks_are_kept_as_they_were_computed():
         feed(LLAMA, cache, text(2))
     for which in (0, 1):  # in the first layer; later ones have seen rounded keys
         assert torch.equal(int8.layers[0].sinks[which], plain.layers[0].sinks[which])
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPTNeoXForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("chunks", [[1] * 60, [33, 1, 1, 25]], ids=["steps", "chunks"])
+def test_int8_attention_reads_the_codes_as_they_lie(name: str, chunks: list[int], monkeypatch):
+    """Floats made of the codes and quantised again are the same codes, up to a step's last bit."""
+    monkeypatch.setattr(cache_module, "SLACK", 3)
+    lm, ids = quantize(model(name), SMOOTHQUANT_LLAMA, backend="auto", attention=True), text(60)
+    codes = SinkCache(lm, Sinks(2, 9), int8=True)
+    got = feed(lm, codes, ids, chunks)
+    assert all(type(store) is CodeStore for layer in codes.layers for store in layer.stores)
+    monkeypatch.setattr(layer_module, "uses_codes", lambda _: False)
+    floats = SinkCache(lm, Sinks(2, 9), int8=True)
+    expected = feed(lm, floats, ids, chunks)
+    assert all(type(store) is Int8Store for layer in floats.layers for store in layer.stores)
+    assert error(got, expected) < 0.02  # a code that stands at a half may go the other way
+    assert ((got - expected).abs().amax(-1) < 1e-4).float().mean() > 0.7
+    for mine, its in zip(codes.layers[0].stores, floats.layers[0].stores, strict=True):
+        there = its.read(0, its.length)
+        held = there.abs().amax(-1, keepdim=True) > 0  # sinks stand where floats have nothing
+        assert (mine.read(0, mine.length) - there)[held.expand_as(there)].abs().max() < 1e-5
+
+
+def test_codes_of_sinks_stand_before_those_of_the_window():
+    x = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(1))
+    for backend in (None, best(torch.device("cpu"))):
+        store, own = CodeStore(x, 9, backend=backend), torch.full((2, 3, 2, 8), 0.5)
+        store.write(3, x)
+        window = store.attended(3, 9)
+        assert torch.equal(window * steps_of(window)[..., None], rounded(x))
+        both = store.join(own, window)
+        assert torch.equal(both[:, :, 2:], window)
+        assert torch.equal(steps_of(both)[:, :, 2:], steps_of(window))
+        assert torch.equal(both[:, :, :2] * steps_of(both)[:, :, :2, None], own)
+        found = store.attended(1, 9)
+        store.put(own, found)
+        assert torch.equal(found, both)
+        assert torch.equal(steps_of(found), steps_of(both))
 
 
 def test_a_quarter_of_the_memory():
