@@ -120,9 +120,10 @@ def test_int8_attention_reads_the_codes_as_they_lie(name: str, chunks: list[int]
     assert error(got, expected) < 0.02  # a code that stands at a half may go the other way
     assert ((got - expected).abs().amax(-1) < 1e-4).float().mean() > 0.7
     for mine, its in zip(codes.layers[0].stores, floats.layers[0].stores, strict=True):
-        there = its.read(0, its.length)
-        held = there.abs().amax(-1, keepdim=True) > 0  # sinks stand where floats have nothing
-        assert (mine.read(0, mine.length) - there)[held.expand_as(there)].abs().max() < 1e-5
+        there, mine_there = its.read(0, its.length), mine.read(0, mine.length)
+        stop = int(there.abs().amax((0, 1, 3)).nonzero().max()) + 1
+        window = slice(stop - 9, stop)  # before it, sinks stand where floats leave what was there
+        assert (mine_there - there)[:, :, window].abs().max() < 1e-5
 
 
 def test_codes_of_sinks_stand_before_those_of_the_window():
