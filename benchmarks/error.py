@@ -5,6 +5,7 @@
 Three linears of the embedded model on 512 tokens of text, and a synthetic one of 4096 × 11008 (both ways round) on 512
 random tokens with outlier channels. Median and 95th percentile of the wall time per answer, at a different α each time.
 `coarse` is asked while the slider moves, `exact` when it rests; `matmul` is the float32 product X Wᵀ alone, for scale.
+Last, the whole curve: the exact errors at 21 values of α in one sweep, and the definition evaluated at each in turn.
 """
 
 import argparse
@@ -50,6 +51,24 @@ def timed(ask: Callable[[float], object], rounds: int) -> str:
     return f"{statistics.median(milliseconds):7.1f} {sorted(milliseconds)[int(0.95 * (rounds - 1))]:7.1f}"
 
 
+def curves(rounds: int) -> None:
+    """21 values of α for the linears of the embedded model."""
+    alphas = [k / 20 for k in range(21)]
+    print(f"\n{'the curve, 21 values of α':60s} {'one sweep':>15s} {'one by one':>11s} {'largest difference':>20s}")
+    for name, x, w in linears():
+        if "synthetic" in name:
+            continue
+        x_absmax, w_absmax = x.abs().amax(0), w.abs().amax(0)
+        for scheme in (sqviz.SMOOTHQUANT_O3, sqviz.SMOOTHQUANT_LLAMA):
+            probe = LinearProbe(x, w, x_absmax, w_absmax, scheme)
+            mine = timed(lambda _, probe=probe: probe.sweep(alphas, exact=True), rounds)
+            start = time.perf_counter()
+            known = [output_error(x, w, probe.scale(a), scheme, (-x_absmax, x_absmax)).frobenius for a in alphas]
+            slow = 1e3 * (time.perf_counter() - start)
+            off = (probe.sweep(alphas, exact=True) - torch.tensor(known)).abs().max().item()
+            print(f"{name:36s} {scheme.name:23s} {mine} {slow:11.1f} {off:20.1e}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -69,6 +88,7 @@ def main() -> None:
             known = output_error(x, w, probe.scale(0.5), scheme, (-x_absmax, x_absmax)).frobenius
             values = f"{mine.coarse(0.5).frobenius:.5f} {mine.exact(0.5).frobenius:.5f} (definition {known:.5f})"
             print(f"  {scheme.name:38s} {coarse} {exact}  {values:>40s}", flush=True)
+    curves(rounds)
 
 
 if __name__ == "__main__":

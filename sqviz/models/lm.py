@@ -65,6 +65,7 @@ class LM:
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
+        count += sum(getattr(module, "stands_for", 0) for module in self.model.modules())  # weights as INT8 codes
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
         dtype = str(self.dtype).removeprefix("torch.")
         note = f", {self.note}" if self.note else ""

@@ -25,7 +25,7 @@ from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
 from sqviz.models.load import wrap
 from sqviz.quant import int8_attention
-from sqviz.quant.execute import ease_head
+from sqviz.quant.execute import finish
 from sqviz.quant.w8a8 import Fixed, GatedMLP, Product, Site, W8A8Embedding, W8A8Linear, W8A8Norm, gated, merged
 from sqviz.quant.w8a8_experts import Stack, W8A8Experts
 from sqviz.tensorfile import write_tensors
@@ -198,7 +198,7 @@ class _Builder:
         self._fill(model)
         if self.structure["attention"]:
             int8_attention.use(wrap(model), model, self.backend)
-        ease_head(model)
+        finish(model)
         return model.eval()
 
     def get(self, name: str) -> Tensor:

@@ -5,7 +5,7 @@ it computes down(SiLU(gate(x)) · up(x)), both on numbers of their own.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Float
@@ -218,6 +218,19 @@ class Executor:
                 if _close(norm(x), spec.norm(x, gain, bias, eps, kind)):
                     self.model.set_submodule(fold.path, W8A8Norm(norm, kind, eps, fold.plus_one, site))
                     return
+
+
+def finish(model: nn.Module) -> None:
+    """What an executed model gets last: a fast floating-point head, and no way to save what cannot be loaded."""
+    ease_head(model)
+    model.__dict__["save_pretrained"] = _refuse_to_save
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
+    raise SqvizError(
+        "save_pretrained would write packed INT8 codes that transformers cannot load. sqviz.save_int8(lm, folder) "
+        "writes this model, and sqviz.load_int8(folder) reads it; for floats, save the one it was quantised from."
+    )
 
 
 def ease_head(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant import int8_attention
 from sqviz.quant.calibration import static_grids
-from sqviz.quant.execute import Executor, check_executable, ease_head
+from sqviz.quant.execute import Executor, check_executable, finish
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.simulate import Simulator
 
@@ -136,7 +136,7 @@ def _executed(
         executor.mlp(path)
     if head:
         executor.head()
-    ease_head(model)
+    finish(model)
     return model
 
 

@@ -131,6 +131,11 @@ class Product(Fixed):
         self._packed: Packed | None = None
 
     @property
+    def stands_for(self) -> int:
+        """Weights of the original linears."""
+        return self.out * self.channels
+
+    @property
     def packed(self) -> Packed:
         """The weight as the backend wants it."""
         if self._packed is None:

@@ -132,6 +132,25 @@ def test_the_original_stays_and_a_copy_works():
     assert torch.equal(logits(executed.replace(model=copy.deepcopy(executed.model))), found)
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM/tied-bias", "OPTForCausalLM", "MixtralForCausalLM"])
+def test_weights_as_codes_are_counted_among_the_parameters(name):
+    lm, _, executed = pair(name, SMOOTHQUANT_LLAMA, head=True)
+    size = f"{sum(p.numel() for p in lm.model.parameters()) / 1e6:.1f}M parameters"
+    assert size in repr(lm)
+    assert size in repr(executed)
+
+
+def test_saving_codes_as_if_they_were_weights_is_refused(tmp_path):
+    lm = tiny("LlamaForCausalLM")
+    executed = quantize(lm, SMOOTHQUANT_LLAMA, backend="auto")
+    for model in (executed.model, share(executed.model)):
+        with pytest.raises(SqvizError, match="save_int8"):
+            model.save_pretrained(tmp_path / "codes")
+    assert not (tmp_path / "codes").exists()
+    lm.model.save_pretrained(tmp_path / "floats")
+    assert (tmp_path / "floats" / "model.safetensors").exists()
+
+
 def test_a_floating_point_head_reads_rows_that_lie_side_by_side():
     lm = tiny("LlamaForCausalLM")
     executed = quantize(lm, SMOOTHQUANT_LLAMA, backend="auto")
