@@ -65,7 +65,10 @@ class Packed:
     gated: bool = False
 
 
-OPERATIONS = ("pack", "unpack", "rows", "quantise", "plain_codes", "linear", "norm_quantise", "gated", "attention")
+OPERATIONS = (
+    *("pack", "unpack", "rows", "quantise", "plain_codes", "norm_quantise"),
+    *("linear", "linear_requantise", "gated", "attention"),
+)
 """What a backend computes: none of it is for torch.compile to look into."""
 
 
@@ -140,6 +143,10 @@ class Backend:
     def linear(self, x: Codes, w: Packed, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row out"]:
         """See `spec.linear`."""
         raise NotImplementedError
+
+    def linear_requantise(self, x: Codes, w: Packed, step: Float[Tensor, "1"]) -> Codes:
+        """Codes of the result for the next INT8 operator, under its static step. See `spec.requantise`."""
+        return self.quantise(self.linear(x, w), step)
 
     def norm_quantise(
         self,

@@ -70,9 +70,9 @@ class Int8Layer(CacheLayerMixin):
         stop = self.length + key_states.shape[2]
         self._room(stop)
         for buffer, new in zip(self.buffers, made, strict=True):
-            buffer[:, :, self.length : stop] = new
+            buffer.narrow(2, self.length, new.shape[2]).copy_(new)
         self.length = stop
-        keys, key_steps, values, value_steps = (buffer[:, :, :stop] for buffer in self.buffers)
+        keys, key_steps, values, value_steps = (buffer.narrow(2, 0, stop) for buffer in self.buffers)
         return self._given(keys, key_steps), self._given(values, value_steps)
 
     def _given(self, codes: Int8[Tensor, "batch head slot dim"], steps: Float[Tensor, "batch head slot"]) -> Tensor:

@@ -59,6 +59,12 @@ class Fixed(nn.Module):
         return self
 
 
+def at_hand(module: nn.Module, **parts: Any) -> None:
+    """Let a module find its parts as any object does: nn.Module's own search takes longer than a small product."""
+    for name, part in parts.items():
+        module.__dict__[name] = part
+
+
 class Site(Fixed):
     """How the input of one group of linears is quantised.
 
@@ -85,6 +91,7 @@ class Site(Fixed):
         self.backend, self.share, self.names = backend, share, tuple(names)
         self.register_buffer("step", step)
         self.register_buffer("divisor", divisor)
+        at_hand(self, step=step, divisor=divisor)
 
     def carried(self, x: Float[Tensor, "*rows channel"]) -> Carried:
         """The codes that travel with X, made now if there are none. Raises `NonFinite`."""
@@ -147,7 +154,7 @@ class Product(Fixed):
         """W̄ of all linears, stacked."""
         return self.backend.unpack(self.packed)
 
-    def forward(self, carried: Carried, dtype: torch.dtype) -> Float[Tensor, "row out"]:
+    def of(self, carried: Carried, dtype: torch.dtype) -> Float[Tensor, "row out"]:
         """All outputs, computed once per input."""
         found = carried.products.get(id(self))
         if found is None or found.dtype != dtype:
@@ -169,6 +176,7 @@ class W8A8Linear(nn.Module):
         self.in_features, self.out_features = product.channels, stop - start
         self.site, self.product, self.start, self.stop = site, product, start, stop
         self._whole = stop - start == product.out
+        at_hand(self, site=site, product=product)
 
     @property
     def weight(self) -> Float[Tensor, "out channel"]:
@@ -189,8 +197,8 @@ class W8A8Linear(nn.Module):
         if self._whole:  # nobody to share it with: the caller may write to it
             y = self.product.backend.linear(carried.codes, self.product.packed, x.dtype)
         else:
-            y = self.product(carried, x.dtype)[:, self.start : self.stop]
-        return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y
+            y = self.product.of(carried, x.dtype)[:, self.start : self.stop]
+        return y.view(*x.shape[:-1], self.out_features) if x.ndim != 2 else y
 
     def extra_repr(self) -> str:
         """For printing a model."""
@@ -214,6 +222,7 @@ class W8A8Norm(nn.Module):
         self.kind, self.eps, self.plus_one = kind, eps, plus_one
         self.site = site
         self._gain: tuple[Any, Tensor, Tensor | None] | None = None
+        at_hand(self, site=site)
 
     @opaque
     def forward(self, x: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows channel"]:
@@ -261,12 +270,15 @@ class GatedMLP(nn.Module):
     @opaque
     def forward(self, x: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows channel"]:
         """[… channel] → [… channel]. Raises `NonFinite`."""
-        if any(child._forward_hooks or child._forward_pre_hooks for child in self.children()):
-            return super().forward(x)
+        for child in self._modules.values():
+            if child is not None and (child._forward_hooks or child._forward_pre_hooks):
+                return super().forward(x)
         inner = self.back.site
         carried = self.front.site.carried(x)
         codes = inner.backend.gated(carried.codes, self.front.product.packed, inner.step, inner.share)
-        return inner.backend.linear(codes, self.back.product.packed, x.dtype).unflatten(0, x.shape[:-1])
+        return inner.backend.linear(codes, self.back.product.packed, x.dtype).view(
+            *x.shape[:-1], self.back.out_features
+        )
 
 
 @functools.cache

@@ -74,6 +74,8 @@ def same_product(backend, rows, channels, out):
             static = torch.tensor([0.05])
             expected = spec.linear(spec.quantise(x, static)[0], static, w, w_step, b)
             assert torch.equal(backend.linear(backend.quantise(x, static), packed), expected)
+            found = backend.linear_requantise(backend.quantise(x, static), packed, static)
+            assert torch.equal(plain(backend, found), spec.requantise(expected, static))
 
 
 @pytest.mark.parametrize("shape", AWKWARD)
