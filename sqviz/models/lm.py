@@ -85,3 +85,19 @@ def share(model: nn.Module) -> nn.Module:
         for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, hooks).clear()
     return twin.eval()
+
+
+def unshare(model: nn.Module) -> None:
+    """Give a twin parameters of its own over the same memory: `.half()` or `.to(…)` then leave the original as it was.
+
+    Tied weights stay tied; a parameter of a special kind, such as a packed one, is left as it is.
+    """
+    own: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if type(parameter) is not nn.Parameter or parameter.is_inference():
+                continue
+            if id(parameter) not in own:
+                twin = own[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                twin.__dict__.update(parameter.__dict__)  # transformers notes there what is initialised
+            module._parameters[name] = own[id(parameter)]

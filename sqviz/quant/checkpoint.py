@@ -110,6 +110,7 @@ def _describe(lm: LM) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, norm in ((name, lm.model.get_submodule(name)) for name in norms):
         norms[name]["read_by"] = cast(Site, norm.site).names[0]
     tensors |= _floats(lm.model)
+    embedding = [module for module in lm.model.modules() if isinstance(module, W8A8Embedding)]
     structure = {
         "format": FORMAT,
         "note": lm.note,
@@ -117,7 +118,8 @@ def _describe(lm: LM) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "norms": norms,
         "mlps": mlps,
         "experts": mixtures,
-        "tied_embedding": any(isinstance(module, W8A8Embedding) for module in lm.model.modules()),
+        "tied_embedding": bool(embedding),
+        "embedding_dtype": str(embedding[0].dtype).removeprefix("torch.") if embedding else None,
         "attention": int8_attention.uses(lm),
     }
     return structure, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -193,7 +195,8 @@ class _Builder:
             module.__dict__.update(front=front, back=module.down_proj)
         if self.structure["tied_embedding"]:
             head = cast(W8A8Linear, model.get_output_embeddings())  # type: ignore[operator]
-            dtype = cast(torch.dtype, model.config.dtype)
+            named = self.structure.get("embedding_dtype")  # folders of before have none
+            dtype = cast(torch.dtype, getattr(torch, named) if named else model.config.dtype)
             model.set_input_embeddings(W8A8Embedding(head, dtype))  # type: ignore[operator]
         self._fill(model)
         if self.structure["attention"]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sqviz.errors import SqvizError
 from sqviz.models.arch import Norm
 from sqviz.models.linears import Group, experts, weight
-from sqviz.models.lm import LM
+from sqviz.models.lm import LM, unshare
 from sqviz.quant.granularity import PerChannel, PerTensor, PerToken
 from sqviz.quant.plain import check_experts, is_plain
 from sqviz.quant.quantize import quantize_tensor
@@ -221,15 +221,21 @@ class Executor:
 
 
 def finish(model: nn.Module) -> None:
-    """What an executed model gets last: a fast floating-point head, and no way to save what cannot be loaded."""
+    """What an executed model gets last: a fast floating-point head, parameters that may be converted without touching
+    the model it was made from, and no way to save what cannot be loaded.
+    """
     ease_head(model)
-    model.__dict__["save_pretrained"] = _refuse_to_save
+    unshare(model)
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):  # the model, and the base model inside of it
+            module.__dict__.update(save_pretrained=_refuse_to_save, push_to_hub=_refuse_to_save)
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
     raise SqvizError(
-        "save_pretrained would write packed INT8 codes that transformers cannot load. sqviz.save_int8(lm, folder) "
-        "writes this model, and sqviz.load_int8(folder) reads it; for floats, save the one it was quantised from."
+        "save_pretrained and push_to_hub would write packed INT8 codes that transformers cannot load. "
+        "sqviz.save_int8(lm, folder) writes this model, and sqviz.load_int8(folder) reads it; for floats, save the one "
+        "it was quantised from."
     )
 
 

@@ -249,6 +249,14 @@ class W8A8Norm(nn.Module):
             self._gain = (self.weight, gain, None if self.bias is None else self.bias.detach().float())
         return self._gain[1], self._gain[2]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "W8A8Norm":
+        self._gain = None
+        return cast(W8A8Norm, super()._apply(fn, recurse))
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._gain = None
+        super()._load_from_state_dict(*arguments)
+
     def extra_repr(self) -> str:
         """For printing a model."""
         return f"{self.kind}, {len(self.weight)}, eps={self.eps}"
@@ -288,7 +296,7 @@ def gated(original: type[nn.Module]) -> type[nn.Module]:
 
 
 class W8A8Embedding(nn.Module):
-    """An embedding whose rows are those of an INT8 head: Δ_w · W̄, in the dtype of the model."""
+    """An embedding whose rows are those of an INT8 head: Δ_w · W̄, in the dtype of the model, converted with it."""
 
     head: W8A8Linear
 
@@ -297,6 +305,10 @@ class W8A8Embedding(nn.Module):
         self.__dict__["head"] = head  # not as a child: it is one of the model's already
         self.dtype = dtype
         self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "W8A8Embedding":
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     @property
     def weight(self) -> Float[Tensor, "token channel"]:

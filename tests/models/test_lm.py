@@ -1,11 +1,13 @@
 """`share`: a twin of the module tree over the same tensors."""
 
 import copy
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
-from sqviz.models.lm import LM, share
+from sqviz.models.lm import LM, share, unshare
 
 
 class Tied(nn.Module):
@@ -40,6 +42,34 @@ def test_a_changed_twin_leaves_the_original_as_it_was() -> None:
     twin.head = nn.Linear(5, 7)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, lambda m: m.to("meta"), lambda m: m.to(torch.float64)])
+def test_converting_or_moving_an_unshared_twin_leaves_the_original_as_it_was(
+    convert: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = Tied()
+    before, ids = copy.deepcopy(model.state_dict()), torch.arange(5)
+    expected, twin = model(ids), share(model)
+    unshare(twin)
+    assert {p.data_ptr() for p in twin.parameters()} == {p.data_ptr() for p in model.parameters()}
+    assert twin.head.weight is twin.embed.weight
+    convert(twin)
+    assert twin.mix.weight.dtype != torch.float32 or twin.mix.weight.is_meta
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(model(ids), expected)
+
+
+def test_an_unshared_twin_keeps_what_parameters_are_marked_with() -> None:
+    model = Tied()
+    model.mix.weight.requires_grad_(False)
+    model.mix.weight.initialised = True
+    twin = share(model)
+    unshare(twin)
+    assert twin.mix.weight is not model.mix.weight
+    assert not twin.mix.weight.requires_grad
+    assert twin.mix.bias.requires_grad
+    assert twin.mix.weight.initialised
 
 
 def test_share_leaves_hooks_behind_and_keeps_the_originals() -> None:

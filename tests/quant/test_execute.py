@@ -12,6 +12,7 @@ from sqviz.models.linears import linear_names, weight
 from sqviz.models.lm import share
 from sqviz.models.tiny import TINY, tiny
 from sqviz.observe.capture import capture
+from sqviz.quant.checkpoint import load_int8, save_int8
 from sqviz.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from sqviz.quant.linear import quantize
 from sqviz.quant.quantize import fake_quantize
@@ -143,12 +144,45 @@ def test_weights_as_codes_are_counted_among_the_parameters(name):
 def test_saving_codes_as_if_they_were_weights_is_refused(tmp_path):
     lm = tiny("LlamaForCausalLM")
     executed = quantize(lm, SMOOTHQUANT_LLAMA, backend="auto")
-    for model in (executed.model, share(executed.model)):
-        with pytest.raises(SqvizError, match="save_int8"):
-            model.save_pretrained(tmp_path / "codes")
+    read = load_int8(save_int8(executed, tmp_path / "kept"))
+    for model in (executed.model, executed.model.base_model, share(executed.model), read.model):
+        for save in (model.save_pretrained, model.push_to_hub):
+            with pytest.raises(
+                SqvizError, match=r"sqviz\.save_int8\(lm, folder\).* save the one it was quantised from"
+            ):
+                save(tmp_path / "codes")
     assert not (tmp_path / "codes").exists()
     lm.model.save_pretrained(tmp_path / "floats")
     assert (tmp_path / "floats" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["float head", "INT8 head"])
+def test_converting_an_executed_model_leaves_codes_and_the_original_as_they_were(head: bool, tmp_path):
+    lm = tiny("LlamaForCausalLM/tied-bias")
+    before, exact = logits(lm), {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    executed = quantize(lm, SMOOTHQUANT_LLAMA, backend="auto", head=head)
+    expected, codes = logits(executed), executed.model.get_submodule("model.layers.0.mlp.down_proj").product.values
+    executed.model.double()
+    assert executed.dtype == logits(executed).dtype == torch.float64
+    assert gap(logits(executed), expected) < 1e-4
+    assert torch.equal(logits(load_int8(save_int8(executed, tmp_path / "float64"))), logits(executed))
+    executed.model.to(torch.bfloat16)
+    assert executed.dtype == logits(executed).dtype == torch.bfloat16
+    assert executed.model.get_submodule("model.layers.0.mlp.down_proj").product.values is codes
+    with pytest.raises(SqvizError, match="Move the model before quantising"):
+        executed.model.to("meta")
+    assert torch.equal(logits(lm), before)
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in lm.model.state_dict().items())
+
+
+def test_norms_read_anew_what_was_loaded_into_them():
+    _, _, executed = pair("LlamaForCausalLM", SMOOTHQUANT_LLAMA)
+    expected, state = logits(executed), {name: x.clone() for name, x in executed.model.state_dict().items()}
+    name = "model.layers.0.input_layernorm.weight"
+    executed.model.load_state_dict({**state, name: 2 * state[name]})
+    assert gap(logits(executed), expected) > 0.01
+    executed.model.load_state_dict(state)
+    assert torch.equal(logits(executed), expected)
 
 
 def test_a_floating_point_head_reads_rows_that_lie_side_by_side():
