@@ -19,6 +19,7 @@ import torch
 
 import sqviz
 from sqviz.errors import Cancelled, DownloadError
+from sqviz.evaluation.model_cost import _bytes
 from sqviz.models import embedded
 from sqviz.progress import CancelToken
 
@@ -214,6 +215,15 @@ def test_the_embedded_model_is_what_it_says(smollm2):
     assert smollm2.model.lm_head.weight is smollm2.model.model.embed_tokens.weight
     assert not smollm2.model.training
     assert not any(p.requires_grad for p in smollm2.model.parameters())
+
+
+@pytest.mark.embedded
+def test_executed_in_integers_it_has_as_many_weights_in_a_quarter_of_the_memory(smollm2):
+    executed = sqviz.quantize(smollm2, sqviz.SMOOTHQUANT_LLAMA, backend="auto", head=True)
+    assert "134.5M parameters" in repr(smollm2)
+    assert "134.5M parameters" in repr(executed)
+    assert _bytes(smollm2) == pytest.approx(4 * 134_515_008, rel=1e-3)
+    assert 134_515_008 < _bytes(executed) < 1.05 * 134_515_008, "what is held: a byte per weight, steps and norms"
 
 
 @pytest.mark.embedded
