@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from sqviz_kernels.backend import opaque
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -56,6 +57,7 @@ class SinkLayer(CacheLayerMixin):
         self.base = self.cache.state.base
         self.is_initialized = True
 
+    @opaque
     @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new keys and values; returns those that the queries of this pass attend to."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
+from sqviz_kernels.backend import opaque
 from torch import Tensor, nn
 
 from sqviz.errors import SqvizError
@@ -92,6 +93,7 @@ def _keywords(rest: tuple[Any, ...], count: int) -> Arguments:
     return rest[0] if len(rest) == count else {}
 
 
+@opaque
 def _told(cache: "SinkCache", args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
     """What the base model's forward is told instead of what it was given."""
     ids = kwargs.get("input_ids", args[0] if args else None)
@@ -127,6 +129,7 @@ def _additive(visible: Bool[Tensor, "row query key"], dtype: torch.dtype) -> Flo
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
+@opaque
 def _biased(cache: "SinkCache", form: str, slope: Float[Tensor, " head"], twice: bool) -> Arguments:
     """What attention modules with ALiBi are told instead; the same for all layers of a pass.
 
