@@ -18,9 +18,10 @@ from transformers.cache_utils import Cache
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
+from sqviz.streaming.checks import check_policy, check_rows, padding
 from sqviz.streaming.layer import SinkLayer
 from sqviz.streaming.plan import Plan, State, choose, plan
-from sqviz.streaming.policies import Cached, Dense, Recompute, Sinks, capacity
+from sqviz.streaming.policies import Cached, Dense, Sinks, capacity, chosen_by
 from sqviz.streaming.positions import Alibi, Angles, Rotary, angles, frequencies, limit_of, scheme_of
 from sqviz.streaming.steering import steer
 
@@ -56,7 +57,7 @@ class SinkCache(Cache):
         self.lm, self.scheme = lm, scheme_of(lm)
         self.limit = limit_of(lm, self.scheme)
         self._policy = Sinks() if policy is None else policy
-        self._check_policy(self._policy)
+        check_policy(lm, self._policy, self.limit)
         self.state, self.length = State(), 0
         self.int8, self.share = int8, False
         self._plan: Plan | None = None
@@ -87,7 +88,7 @@ class SinkCache(Cache):
     @policy.setter
     def policy(self, policy: Cached) -> None:
         self.abort()
-        self._check_policy(policy)
+        check_policy(self.lm, policy, self.limit)
         self._policy, known = policy, self.state.sinks
         kept = int((known < self.state.held).sum(-1).max()) if isinstance(policy, Dense) else policy.sinks
         self.state.sinks = known[:, :kept]
@@ -190,8 +191,8 @@ class SinkCache(Cache):
             raise SqvizError(
                 f"this cache holds {self.rows} rows and was given {rows}. Use one cache per batch, or reset()"
             )
-        pads = self._pads(mask, new)
-        self._check_rows(rows, pads)
+        pads = padding(self.state, mask, new)
+        check_rows(self.scheme, self._policy, rows, pads)
         sinks = self._choose(pads, ids, new)
         self._make_room(new)
         self._pending = dataclasses.replace(self.state, pads=pads, sinks=sinks)
@@ -229,7 +230,7 @@ class SinkCache(Cache):
 
     def _choose(self, pads: Tensor | None, ids: Tensor | None, new: int) -> Int[Tensor, "row sink"]:
         """The sinks once the new tokens are read; those among them are noted as `arriving`."""
-        tokens, positions = _rule(self._policy)
+        tokens, positions = chosen_by(self._policy)
         if tokens is not None and ids is None:
             raise SqvizError(f"{self._policy} chooses sinks by token id, so the model has to be given input_ids")
         if tokens is None or ids is None:
@@ -241,7 +242,7 @@ class SinkCache(Cache):
 
     def _adopt(self, policy: Cached) -> None:
         """After more sinks were asked for: take the oldest keys still held."""
-        tokens, positions = _rule(policy)
+        tokens, positions = chosen_by(policy)
         state = self.state
         if tokens is not None or not state.seen:
             return  # the ids of what was read are not kept; those that come will do
@@ -300,61 +301,6 @@ class SinkCache(Cache):
             if layer.is_initialized:
                 layer.move(first, self.state.seen, base, length)
         self.state.base, self.length = base, length
-
-    # --- checks ---
-
-    def _check_policy(self, policy: Any) -> None:
-        if isinstance(policy, Recompute) or not hasattr(policy, "sinks"):
-            raise SqvizError(f"{policy!r} keeps no cache; Dense(), Window(n) and Sinks(s, r) do")
-        size, config = capacity(policy), self.lm.config
-        if self.limit is not None and size is not None and size > self.limit:
-            raise SqvizError(f"{policy} needs {size} positions and {self.lm.name} has angles for {self.limit}")
-        kinds = getattr(config, "layer_types", None) or []
-        slides = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
-        window = getattr(config, "sliding_window", None) if slides else None
-        if window is not None and size is not None and size > window:
-            raise SqvizError(
-                f"layers of {self.lm.name} see {window} tokens at most (sliding_window), which would hide the sinks of "
-                f"{policy}. Use a cache of {window} keys or fewer: sqviz.Sinks(4, {max(1, window - 4)})"
-            )
-
-    def _check_rows(self, rows: int, pads: Tensor | None) -> None:
-        if not isinstance(self.scheme, Alibi) or self.scheme.form != "mpt":
-            return
-        if pads is not None:
-            raise SqvizError("MPT's bias has no batch dimension: run texts of different lengths one at a time")
-        if rows > 1 and _rule(self._policy)[0] is not None:
-            raise SqvizError("MPT's bias has no batch dimension: choose sinks by token id one text at a time")
-
-    def _pads(self, mask: Any, new: int) -> Int[Tensor, " row"] | None:
-        """Padding columns on the left, as the mask of the first chunk tells them; later masks must agree."""
-        known = self.state.pads
-        if mask is None:
-            return known
-        if getattr(mask, "ndim", 0) != 2:
-            raise SqvizError(
-                "a SinkCache makes its own attention masks; give it the [batch, token] padding mask or none"
-            )
-        latest = mask[:, -new:].bool().cpu()
-        if self.state.seen:
-            agrees = bool(latest.all())
-            if mask.shape[1] == self.state.seen + new:
-                told = mask.shape[1] - mask.bool().sum(-1).cpu()
-                agrees &= torch.equal(told, (torch.zeros_like(told) if known is None else known))
-            if not agrees:
-                raise SqvizError(
-                    "padding between the tokens of a stream is not possible; pad the first chunk on the left"
-                )
-            return known
-        pads = (~latest).sum(-1)
-        if not torch.equal(latest, torch.arange(new)[None] >= pads[:, None]) or not bool(latest[:, -1].all()):
-            raise SqvizError("pad on the left (tokenizer.padding_side = 'left'): a stream goes on at its right end")
-        return pads if bool(pads.any()) else None
-
-
-def _rule(policy: Cached) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Which token ids, and which positions, may become sinks."""
-    return (policy.tokens, policy.positions) if isinstance(policy, Sinks) else (None, None)
 
 
 def _among(chosen: Int[Tensor, "row sink"], first: int, stop: int) -> dict[int, Int[Tensor, " row"]]:

@@ -111,6 +111,11 @@ def capacity(policy: Policy) -> int | None:
     return policy.recent + (policy.sinks if isinstance(policy, Sinks) else 0)
 
 
+def chosen_by(policy: Cached) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Which token ids, and which positions, may become sinks; None: any."""
+    return (policy.tokens, policy.positions) if isinstance(policy, Sinks) else (None, None)
+
+
 def of_size(size: int, sinks: int = 4) -> Sinks:
     """`Sinks` with a cache of `size` keys in all.
 
