@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
+from sqviz.quant import int8_attention
 from sqviz.streaming.plan import State
-from sqviz.streaming.storage import Int8Store, Store
 from sqviz.tensorfile import write_tensors
 
 if TYPE_CHECKING:
@@ -92,11 +92,14 @@ class Checkpoint:
 
 
 def fingerprint(lm: LM) -> str:
-    """A hash of class, dtype and some values of every parameter."""
-    found = hashlib.sha256(f"{type(lm.model).__name__} {lm.dtype}".encode())
-    for name, parameter in lm.model.named_parameters():
-        values = parameter.detach().flatten()[:_HASHED].double().cpu()
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+    """A hash of class, dtype, note and some values of every parameter; of weights kept as codes too."""
+    how = f" {lm.note}" * bool(lm.note) + " INT8 attention" * int8_attention.uses(lm)
+    found = hashlib.sha256(f"{type(lm.model).__name__} {lm.dtype}{how}".encode())
+    kept = lm.model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in lm.model.named_buffers() if name in kept]
+    for name, tensor in (*lm.model.named_parameters(), *buffers):
+        values = tensor.detach().flatten()[:_HASHED].double().cpu()
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
     return found.hexdigest()
 
 
@@ -117,7 +120,7 @@ def fill_cache(cache: "SinkCache", tensors: dict[str, Tensor], state: dict[str, 
         if f"sinks/{index}/0" not in tensors:
             continue
         layer.sinks = [tensors[f"sinks/{index}/{which}"].to(device) for which in (0, 1)]
-        layer.stores = [(Int8Store if cache.int8 else Store)(sinks.to(cache.lm.dtype), 0) for sinks in layer.sinks]
+        layer.stores = [layer.store_for(sinks.to(cache.lm.dtype)) for sinks in layer.sinks]
         for which, store in enumerate(layer.stores):
             store.load([tensors[f"store/{index}/{which}/{part}"].to(device) for part in range(len(store.tensors))])
         layer.dtype, layer.device, layer.is_initialized = layer.stores[0].dtype, device, True

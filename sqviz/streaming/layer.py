@@ -52,7 +52,7 @@ class SinkLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         pair = key_states, value_states
-        self.stores = [self._store(x) for x in pair]
+        self.stores = [self.store_for(x) for x in pair]
         self.sinks = [zeros(x, self.cache.slots, wide) for x in pair]
         self.base = self.cache.state.base
         self.is_initialized = True
@@ -80,7 +80,8 @@ class SinkLayer(CacheLayerMixin):
                 store.put(self._placed(which), found[which])
         return found[0], found[1]
 
-    def _store(self, like: Tensor) -> Store:
+    def store_for(self, like: Float[Tensor, "batch head _ dim"]) -> Store:
+        """An empty store, as long as the cache says, of the kind that the model's attention reads."""
         cache = self.cache
         if not cache.int8:
             return Store(like, cache.length)
