@@ -33,7 +33,7 @@ class Codes:
     """
 
     values: Tensor
-    step: Float[Tensor, "row_or_1"]
+    step: Float[Tensor, " row_or_1"]
     rows: int
     channels: int
 
@@ -57,7 +57,7 @@ class Packed:
     """
 
     values: Tensor
-    step: Float[Tensor, "out_or_1"]
+    step: Float[Tensor, " out_or_1"]
     bias: Float[Tensor, " out"] | None
     out: int
     channels: int
@@ -111,7 +111,7 @@ class Backend:
     def pack(
         self,
         w: Int8[Tensor, "out channel"],
-        step: Float[Tensor, "out_or_1"],
+        step: Float[Tensor, " out_or_1"],
         bias: Float[Tensor, " out"] | None = None,
         gated: bool = False,
     ) -> Packed:

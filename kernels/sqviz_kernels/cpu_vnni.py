@@ -44,7 +44,7 @@ class Vnni(CpuBackend):
     def pack(
         self,
         w: Int8[Tensor, "out channel"],
-        step: Float[Tensor, "out_or_1"],
+        step: Float[Tensor, " out_or_1"],
         bias: Float[Tensor, " out"] | None = None,
         gated: bool = False,
     ) -> Packed:

@@ -45,7 +45,7 @@ def quantise(
     step: Float[Tensor, "1"] | None = None,
     share: Share = "token",
     divisor: Float[Tensor, " channel"] | None = None,
-) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, "row_or_1"]]:
+) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, " row_or_1"]]:
     """Codes of X, or of X / divisor, and their steps: the given static one, one per row, or one for all.
 
     Raises `NonFinite` for a NaN or an infinity.
@@ -64,7 +64,7 @@ def norm_quantise(
     kind: Norm,
     step: Float[Tensor, "1"] | None = None,
     share: Share = "token",
-) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, "row_or_1"]]:
+) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, " row_or_1"]]:
     """Codes of RMSNorm(X) or LayerNorm(X) and their steps; smoothing is folded into `gain` and `bias` beforehand.
 
     RMSNorm: X / sqrt(mean(X²) + eps) · gain. LayerNorm: the same of X − mean(X). Raises `NonFinite`.
@@ -92,14 +92,14 @@ def gate_quantise(
     up: Float[Tensor, "row channel"],
     step: Float[Tensor, "1"] | None = None,
     share: Share = "token",
-) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, "row_or_1"]]:
+) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, " row_or_1"]]:
     """Codes of SiLU(gate) · up, and their steps. Raises `NonFinite`."""
     return _codes(F.silu(gate.float()) * up.float(), step, share)
 
 
 def _codes(
     value: Float[Tensor, "row channel"], step: Float[Tensor, "1"] | None, share: Share
-) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, "row_or_1"]]:
+) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, " row_or_1"]]:
     if not bool(torch.isfinite(value).all()):
         raise NonFinite("the input of an INT8 product holds a NaN or an infinity, which no step can represent.")
     if step is None:
@@ -136,8 +136,8 @@ def check_channels(channels: int) -> None:
 
 def scale(
     sums: Int32[Tensor, "row out"],
-    x_step: Float[Tensor, "row_or_1"],
-    w_step: Float[Tensor, "out_or_1"],
+    x_step: Float[Tensor, " row_or_1"],
+    w_step: Float[Tensor, " out_or_1"],
     bias: Float[Tensor, " out"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "row out"]:
@@ -153,9 +153,9 @@ def requantise(y: Float[Tensor, "row out"], step: Float[Tensor, "1"]) -> Int8[Te
 
 def linear(
     x: Int8[Tensor, "row channel"],
-    x_step: Float[Tensor, "row_or_1"],
+    x_step: Float[Tensor, " row_or_1"],
     w: Int8[Tensor, "out channel"],
-    w_step: Float[Tensor, "out_or_1"],
+    w_step: Float[Tensor, " out_or_1"],
     bias: Float[Tensor, " out"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "row out"]:
