@@ -1,4 +1,4 @@
-"""`sqviz lab | doctor | fetch | demo`: open the notebooks, look at the machine, get the model, make the pages."""
+"""`sqviz lab | doctor | fetch | demo | export`: open the notebooks, look at the machine, get a model, write one."""
 
 import argparse
 import json
@@ -9,11 +9,25 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqviz.errors import Cancelled, SqvizError
 
+if TYPE_CHECKING:
+    from sqviz.models.lm import LM
+    from sqviz.observe.magnitudes import Magnitudes
+    from sqviz.quant.schemes import Scheme
+
 FIRST = "00_start.ipynb"
 POLL_SECONDS = 0.2
+SCHEMES = {
+    "smoothquant-llama": "SMOOTHQUANT_LLAMA",
+    "o1": "SMOOTHQUANT_O1",
+    "o2": "SMOOTHQUANT_O2",
+    "o3": "SMOOTHQUANT_O3",
+    "w8a8": "W8A8",
+}
+"""What `sqviz export --scheme` takes, and the presets they stand for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +72,39 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("notebooks", nargs="*", type=Path, help="which (default: all)")
     command.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the pages (build/demo)")
     command.set_defaults(run=demo)
+
+    _add_export(commands.add_parser("export", help="write a smoothed or INT8 model as a folder for other programs"))
     return parser
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", nargs="?", help="hub id, folder, .gguf or .safetensors file (the embedded model)")
+    command.add_argument("folder", type=Path, help="the folder to write; it must not be there yet")
+    command.add_argument(
+        "--format", choices=("smoothed", "compressed-tensors"), help="by default what --scheme implies"
+    )
+    command.add_argument("--scheme", choices=tuple(SCHEMES), help="quantise to INT8 (else: floating point)")
+    command.add_argument(
+        "--skip", action="append", default=[], metavar="PATTERN", help="linears left in floating point"
+    )
+    command.add_argument("--alpha", type=_alpha, default=0.5, help="0 to 1, auto (searched), or none (0.5)")
+    command.add_argument("--folds", choices=("norm", "all"), default="norm", help="where smoothing folds into (norm)")
+    command.add_argument("--text", help="calibration text: a file or folder (the presidential addresses)")
+    command.add_argument("--samples", type=int, default=128, help="calibration segments (128)")
+    command.add_argument("--length", type=int, default=512, help="tokens per segment (512)")
+    command.add_argument("--dtype", default="bfloat16", help="of what is in floating point; auto: as loaded (bfloat16)")
+    command.add_argument("--max-shard-size", default="5GB", help="size of one file at most (5GB)")
+    command.set_defaults(run=export)
+
+
+def _alpha(given: str) -> float | str:
+    """For argparse: a number, "auto" or "none"."""
+    if given in ("auto", "none"):
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1, auto or none is needed, not {given!r}") from None
 
 
 def doctor(given: argparse.Namespace) -> int:
@@ -84,6 +130,54 @@ def demo(given: argparse.Namespace) -> int:
 
     pages.make(given.notebooks or sorted(notebooks_folder().glob("*.ipynb")), given.output)
     return 0
+
+
+def export(given: argparse.Namespace) -> int:
+    """Load, capture, smooth, write; what can be refused is refused before the capture."""
+    import sqviz
+    from sqviz.quant.compressed import chosen_linears
+    from sqviz.quant.export import check_request
+    from sqviz.quant.export import export as write
+    from sqviz.quant.ordinary import check_ordinary
+    from sqviz.quant.plan import check_alpha
+
+    scheme = getattr(sqviz, SCHEMES[given.scheme]) if given.scheme else None
+    check_request(given.folder, given.format, scheme, given.skip, given.dtype, given.max_shard_size)
+    if given.alpha == "auto" and scheme is None:
+        raise SqvizError("--alpha auto searches for one scheme: give --scheme, or a number.")
+    if not isinstance(given.alpha, str):
+        check_alpha(given.alpha, "--alpha")
+    lm = sqviz.load(given.model)
+    check_ordinary(lm)
+    if scheme is not None:
+        chosen_linears(lm, scheme, given.skip)
+    lm, magnitudes = _calibrated(lm, given, scheme)
+    written = write(
+        lm,
+        given.folder,
+        given.format,
+        scheme=scheme,
+        magnitudes=magnitudes,
+        skip=given.skip,
+        dtype=given.dtype,
+        max_shard_size=given.max_shard_size,
+        progress=True,
+    )
+    print(repr(written))
+    return 0
+
+
+def _calibrated(lm: "LM", given: argparse.Namespace, scheme: "Scheme | None") -> "tuple[LM, Magnitudes | None]":
+    """The model, smoothed if that was asked for, and the capture if one was needed."""
+    import sqviz
+
+    if given.alpha == "none" and (scheme is None or not scheme.needs_calibration):
+        return lm, None
+    magnitudes = sqviz.capture(lm, sqviz.text(given.text), samples=given.samples, length=given.length)
+    if given.alpha == "none":
+        return lm, magnitudes
+    searched = scheme if given.alpha == "auto" else None
+    return sqviz.smooth(lm, magnitudes, given.alpha, folds=given.folds, scheme=searched), magnitudes
 
 
 def notebooks_folder() -> Path:

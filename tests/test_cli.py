@@ -280,3 +280,124 @@ def test_errors_made_to_be_read_come_without_a_traceback(monkeypatch, capsys):
 def test_unknown_arguments_are_refused_but_by_lab():
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--loudly"])
+
+
+# --- export
+
+
+@pytest.fixture(scope="module")
+def readable_folder(tmp_path_factory):
+    """A tiny Llama with a tokenizer, and a text, on disk."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from sqviz.models.tiny import tiny
+
+    words = {f"w{index}": index for index in range(131)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    place = tmp_path_factory.mktemp("export")
+    tiny("LlamaForCausalLM").model.save_pretrained(place / "model")
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0").save_pretrained(place / "model")
+    (place / "text.txt").write_text(" ".join(f"w{37 * index % 131}" for index in range(300)))
+    return place
+
+
+def exported(place, output, *arguments):
+    return cli.main(["export", str(place / "model"), str(output), "--text", str(place / "text.txt"), *arguments])
+
+
+def test_export_writes_what_the_calls_by_hand_write(readable_folder, tmp_path, capsys):
+    import torch
+    from safetensors.torch import load_file
+
+    import sqviz
+    from sqviz.quant.export import export
+
+    small = ("--samples", "3", "--length", "32", "--alpha", "0.6", "--folds", "all")
+    assert exported(readable_folder, tmp_path / "floats", *small) == 0
+    assert "floats: smoothed, bfloat16, 6 files, " in capsys.readouterr().out
+    assert exported(readable_folder, tmp_path / "codes", *small, "--scheme", "o3", "--skip", "*.0.*.down_proj") == 0
+    assert "13 linears in INT8" in capsys.readouterr().out
+    lm = sqviz.load(readable_folder / "model")
+    magnitudes = sqviz.capture(lm, sqviz.text(readable_folder / "text.txt"), samples=3, length=32, progress=False)
+    lm = sqviz.smooth(lm, magnitudes, 0.6, folds="all")
+    export(lm, tmp_path / "floats by hand", magnitudes=magnitudes, dtype="bfloat16")
+    export(
+        lm,
+        tmp_path / "codes by hand",
+        scheme=sqviz.SMOOTHQUANT_O3,
+        magnitudes=magnitudes,
+        skip=["*.0.*.down_proj"],
+        dtype="bfloat16",
+    )
+    for name in ("floats", "codes"):
+        by_hand = tmp_path / f"{name} by hand"
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == sorted(p.name for p in by_hand.iterdir())
+        for path in (tmp_path / name).glob("*.json"):
+            assert path.read_bytes() == (by_hand / path.name).read_bytes()
+        got, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / name, by_hand))
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    assert sqviz.load(tmp_path / "floats").tokenizer("w5 w7").input_ids == [5, 7]
+
+
+def test_export_without_smoothing_needs_no_text(readable_folder, tmp_path, capsys):
+    place = readable_folder / "model"
+    command = [
+        "export",
+        str(place),
+        str(tmp_path / "a"),
+        "--alpha",
+        "none",
+        "--dtype",
+        "auto",
+        "--max-shard-size",
+        "9KB",
+    ]
+    assert cli.main([*command, "--text", "nowhere.txt"]) == 0
+    assert "a: smoothed, float32" in capsys.readouterr().out
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 5
+    assert json.loads((tmp_path / "a" / "sqviz.json").read_text())["calibration"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--alpha", "2"], "--alpha=2.0 is outside [0, 1]"),
+        (["--alpha", "auto"], "--scheme"),
+        (["--format", "compressed-tensors"], "needs a scheme"),
+        (["--format", "smoothed", "--scheme", "o1"], "leave scheme out"),
+        (["--skip", "*.nothing", "--scheme", "o1"], "'*.nothing' matches nothing"),
+        (["--dtype", "int3"], "dtype='int3'"),
+        (["--max-shard-size", "many"], "max_shard_size='many'"),
+        (["--length", "100000"], "length=100000 is more than the 96 positions"),
+    ],
+    ids=" ".join,
+)
+def test_export_tells_what_is_wrong_in_one_line(readable_folder, tmp_path, capsys, arguments, said):
+    assert exported(readable_folder, tmp_path / "a", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "sqviz export: " in error
+    assert said in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_a_folder_that_is_there_before_any_work(readable_folder, capsys):
+    place = readable_folder / "model"
+    assert cli.main(["export", "no-such-model.gguf", str(place)]) == 1
+    assert "is there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(place), "x", "--alpha", "much"])
+    assert "a number from 0 to 1, auto or none is needed, not 'much'" in capsys.readouterr().err
+
+
+@pytest.mark.embedded
+def test_export_takes_the_embedded_model_by_default(tmp_path, capsys):
+    arguments = ["--samples", "1", "--length", "32", "--scheme", "smoothquant-llama"]
+    assert cli.main(["export", str(tmp_path / "model"), *arguments]) == 0
+    assert "210 linears in INT8" in capsys.readouterr().out
+    recipe = json.loads((tmp_path / "model" / "sqviz.json").read_text())
+    assert recipe["model"] == "SmolLM2-135M-Instruct"
+    assert recipe["note"] == "smoothed α=0.5"
