@@ -116,9 +116,9 @@ def test_ci_runs_what_the_contributor_runs():
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
 
 
-def test_ci_installs_the_compilers_for_gpus():
-    assert "export EXTRAS=dev,gpu" in (ROOT / ".ci/run").read_text()
-    assert set(extras) == {"dev", "gpu"}
+def test_ci_installs_every_extra():
+    assert "export EXTRAS=dev,gpu,eval,export" in (ROOT / ".ci/run").read_text()
+    assert set(extras) == {"dev", "gpu", "eval", "export"}
 
 
 @pytest.mark.parametrize("script", [".ci/run", ".ci/floor", "binder/postBuild", "binder/start"])

@@ -36,7 +36,7 @@ def weight_absmax(lm: LM, group: Group) -> Float[Tensor, "*expert channel"]:
     return torch.stack([wide(weight(lm, name).detach().abs().amax(0)) for name in group.consumers]).amax(0)
 
 
-def producer_rows(lm: LM, group: Group) -> Int[Tensor, "channel"]:
+def producer_rows(lm: LM, group: Group) -> Int[Tensor, " channel"]:
     """For each channel of the group's input (experts one after the other), the producer's row that makes it.
 
     Only for a group with `fold_kind == "linear"`.
@@ -53,7 +53,7 @@ def producer_rows(lm: LM, group: Group) -> Int[Tensor, "channel"]:
     return (first[:, None] + torch.arange(channels)).flatten().to(device)
 
 
-def _value_rows(out: int, channels: int, heads: int, layout: str) -> Int[Tensor, "channel"]:
+def _value_rows(out: int, channels: int, heads: int, layout: str) -> Int[Tensor, " channel"]:
     """Rows of the values in a projection of `out` rows, for the channels (head, place in the head) of the attention."""
     size = channels // heads
     value_heads = {"own": out // size, "latent": heads}.get(layout, (out // size - heads) // 2)
@@ -64,7 +64,7 @@ def _value_rows(out: int, channels: int, heads: int, layout: str) -> Int[Tensor,
     return (first[:, None] + torch.arange(size)).flatten()
 
 
-def tie(values: Float[Tensor, "*expert channel"], rows: Int[Tensor, "channel"]) -> Float[Tensor, "*expert channel"]:
+def tie(values: Float[Tensor, "*expert channel"], rows: Int[Tensor, " channel"]) -> Float[Tensor, "*expert channel"]:
     """The maximum over all channels that come from the same row of the producer."""
     flat = values.flatten()
     maxima = flat.new_full((int(rows.max()) + 1,), -torch.inf).scatter_reduce(0, rows, flat, "amax")
@@ -94,7 +94,7 @@ def divide_input(
     return s
 
 
-def _divide_norm(norm: nn.Module, s: Float[Tensor, "channel"], plus: float) -> Float[Tensor, "channel"]:
+def _divide_norm(norm: nn.Module, s: Float[Tensor, " channel"], plus: float) -> Float[Tensor, " channel"]:
     old = norm.weight.detach()  # type: ignore[operator]
     gain = old.double() + plus
     new = (gain / s - plus).to(old.dtype)

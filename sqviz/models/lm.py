@@ -84,6 +84,8 @@ def share(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, hooks).clear()
+        # transformers' own hooks, by which it records hidden states, are gone as well: it has to install them anew
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
     return twin.eval()
 
 

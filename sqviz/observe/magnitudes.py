@@ -255,6 +255,22 @@ class Magnitudes:
 
         return frame(self)
 
+    def outlier_tokens(self) -> "pandas.DataFrame":
+        """Which tokens carry the outliers: text, position, how many inputs each leads, its largest value and where.
+
+        One row per token that is among the TOP_TOKENS of any input; those that lead the most inputs come first. In most
+        models the first token of a text is one of them: the attention sink (thesis §4.2).
+        """
+        from sqviz.observe.summary import outlier_tokens
+
+        return outlier_tokens(self)
+
+    def idle_experts(self) -> dict[str, list[int]]:
+        """Experts of a mixture that calibration sent no token, by linear: their steps come from all experts' inputs."""
+        from sqviz.observe.summary import idle_experts
+
+        return idle_experts(self)
+
     def surface(self, layer: int | str, alpha: float = 0.5) -> Any:
         """|X| over token × channel as a surface, |W| beside it, before and after smoothing (thesis Figure 3.2).
 

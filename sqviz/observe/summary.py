@@ -22,7 +22,9 @@ def line(magnitudes: Magnitudes) -> str:
     if not magnitudes.groups:
         return f"{head})"
     largest = max(magnitudes.groups, key=lambda group: float(_stats(magnitudes, group).absmax.max()))
-    return f"{head}; largest input {float(_stats(magnitudes, largest).absmax.max()):.4g} at {largest.name})"
+    idle = sum(len(experts) for experts in idle_experts(magnitudes).values())
+    tail = f"; {idle} experts saw no token" if idle else ""
+    return f"{head}{tail}; largest input {float(_stats(magnitudes, largest).absmax.max()):.4g} at {largest.name})"
 
 
 def table(magnitudes: Magnitudes) -> str:
@@ -41,6 +43,44 @@ def frame(magnitudes: Magnitudes) -> "pandas.DataFrame":
     import pandas
 
     return pandas.DataFrame([_row(magnitudes, group, name) for group in magnitudes.groups for name in group.consumers])
+
+
+def outlier_tokens(magnitudes: Magnitudes) -> "pandas.DataFrame":
+    """The calibration tokens that carry the largest inputs; those that lead the most inputs first."""
+    import pandas
+
+    found: dict[int, dict[str, Any]] = {}
+    for group in magnitudes.groups:
+        for place, top in enumerate(_stats(magnitudes, group).top):
+            row = found.setdefault(
+                top.token,
+                {
+                    "token": top.text,
+                    "position": top.position,
+                    "segment": top.token // magnitudes.length,
+                    "leads": 0,
+                    "among_the_largest": 0,
+                    "largest": 0.0,
+                    "input_of": "",
+                    "channel": -1,
+                },
+            )
+            row["leads"] += place == 0
+            row["among_the_largest"] += 1
+            if top.value > row["largest"]:
+                row |= {"largest": top.value, "input_of": group.name, "channel": top.channel}
+    frame = pandas.DataFrame(list(found.values()))
+    return frame.sort_values(["leads", "largest"], ascending=False, ignore_index=True) if len(frame) else frame
+
+
+def idle_experts(magnitudes: Magnitudes) -> dict[str, list[int]]:
+    """The fused experts that calibration sent no token, by the name of their second linear."""
+    idle = {
+        group.name: (tokens == 0).nonzero().flatten().tolist()
+        for group in magnitudes.groups
+        if (tokens := _stats(magnitudes, group).expert_tokens) is not None
+    }
+    return {name: experts for name, experts in idle.items() if experts}
 
 
 def _stats(magnitudes: Magnitudes, group: GroupInfo) -> Any:

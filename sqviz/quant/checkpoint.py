@@ -9,8 +9,6 @@ Codes are kept as `spec` lays them out, so a folder written with one backend is 
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +24,8 @@ from sqviz.models.lm import LM
 from sqviz.models.load import wrap
 from sqviz.quant import int8_attention
 from sqviz.quant.execute import finish
+from sqviz.quant.folder import filled, new_place, write_companions
+from sqviz.quant.kept_sinks import sinks_of
 from sqviz.quant.w8a8 import Fixed, GatedMLP, Product, Site, W8A8Embedding, W8A8Linear, W8A8Norm, gated, merged
 from sqviz.quant.w8a8_experts import Stack, W8A8Experts
 from sqviz.tensorfile import write_tensors
@@ -36,29 +36,22 @@ STRUCTURE, TENSORS, FORMAT = "sqviz_int8.json", "model.safetensors", 1
 def save_int8(lm: LM, folder: str | Path) -> Path:
     """Write a model made by `sqviz.quantize(…, backend=…)` into a new folder; it is there whole or not at all.
 
-    Raises `SqvizError` if the model does not execute in integers or the folder is there already, `OSError` if it cannot
-    be written.
+    Raises `SqvizError` if the model does not execute in integers, keeps sinks, or the folder is there already,
+    `OSError` if it cannot be written.
     """
-    target = Path(folder)
     if not any(isinstance(module, W8A8Linear) for module in lm.model.modules()):
         raise SqvizError(f"{lm!r} does not execute in integers: quantise it with backend='auto' first.")
-    if target.exists():
-        raise SqvizError(f"{str(target)!r} is there already. Nothing was written; give another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        structure, tensors = _describe(lm)
-        lm.model.config.save_pretrained(part)  # type: ignore[union-attr, operator]
-        if getattr(lm.model, "generation_config", None) is not None:
-            lm.model.generation_config.save_pretrained(part)  # type: ignore[union-attr, operator]
-        if lm.tokenizer is not None:
-            lm.tokenizer.save_pretrained(part)
+    if sinks_of(lm) is not None:
+        raise SqvizError(
+            f"{lm!r} keeps sinks in full precision, which this format has no place for. Save a model without them: "
+            "quantise what keep_sinks was called on."
+        )
+    target = new_place(folder)
+    structure, tensors = _describe(lm)
+    with filled(target, sum(tensor.nbytes for tensor in tensors.values())) as part:
+        write_companions(lm, part)
         write_tensors(tensors, {"format": "pt"}, part / TENSORS)
         (part / STRUCTURE).write_text(json.dumps(structure, indent=1))
-        part.chmod(0o755)
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return target
 
 

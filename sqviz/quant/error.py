@@ -74,6 +74,7 @@ def output_error(
     Raises `SqvizError` if the scheme is static and `x_range` is missing, `NonFinite` for NaN and infinities.
     """
     x_smooth, w_smooth = x.float() / s, w.float() * s
+    check_curve(scheme)
     if scheme.activation is not None:
         step, zero = None, None
         if scheme.static:
@@ -136,6 +137,7 @@ class LinearProbe:
         Raises `SqvizError` if shapes do not fit or there is nothing to multiply, `NonFinite` for NaN and infinities.
         """
         _check(x, w, x_absmax, w_absmax)
+        check_curve(scheme)
         with torch.inference_mode(), _threads_for(tokens * w.numel()):
             self._x, self._w = x.float().contiguous(), w.float().contiguous()
             self._x_absmax, self._w_absmax = x_absmax.to(self._x), w_absmax.to(self._x)
@@ -153,6 +155,7 @@ class LinearProbe:
 
     def with_scheme(self, scheme: Scheme) -> "LinearProbe":
         """The same linear under another scheme; shares every tensor."""
+        check_curve(scheme)
         other = object.__new__(LinearProbe)
         other.__dict__.update(self.__dict__)
         other.scheme = scheme
@@ -294,6 +297,15 @@ def error_sweep(
 ) -> Float[Tensor, " alpha"]:
     """The relative Frobenius error of the output at each α (thesis Figure 3.8 for one linear). See `LinearProbe`."""
     return LinearProbe(x, w, x_absmax, w_absmax, scheme).sweep(alphas, exact=exact, cancel=cancel)
+
+
+def check_curve(scheme: Scheme) -> None:
+    """Raise `SqvizError` for a scheme whose error is not one of X and s alone."""
+    if scheme.clip is not None or scheme.weight_clip is not None or scheme.outliers is not None:
+        raise SqvizError(
+            f"{scheme!r}: error curves know no clipping and no channels kept in floating point. Use "
+            "scheme.replace(clip=None, weight_clip=None, outliers=None), or measure the whole model: sqviz.quantize."
+        )
 
 
 def _check(x: Tensor, w: Tensor, x_absmax: Tensor, w_absmax: Tensor) -> None:

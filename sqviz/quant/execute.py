@@ -4,7 +4,7 @@ What can be fused is found by trying, not by class: a norm is taken over if it c
 it computes down(SiLU(gate(x)) · up(x)), both on numbers of their own.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable
 from typing import Any, NoReturn, cast
 
 import torch
@@ -19,9 +19,10 @@ from sqviz.errors import SqvizError
 from sqviz.models.arch import Norm
 from sqviz.models.linears import Group, experts, weight
 from sqviz.models.lm import LM, unshare
+from sqviz.quant.calibration import Calibration
 from sqviz.quant.granularity import PerChannel, PerTensor, PerToken
 from sqviz.quant.plain import check_experts, is_plain
-from sqviz.quant.quantize import quantize_tensor
+from sqviz.quant.quantize import Quantized, quantize_tensor
 from sqviz.quant.scaled_linear import ScaledLinear
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.w8a8 import (
@@ -48,6 +49,8 @@ def check_executable(scheme: Scheme) -> None:
         troubles.append(f"weight={scheme.weight!r}: PerTensor() or PerChannel() is needed")
     if not scheme.symmetric:
         troubles.append("symmetric=False: products of codes with zero points are not executed")
+    if scheme.outliers is not None:
+        troubles.append(f"outliers={scheme.outliers}: channels kept in floating point are not executed")
     if scheme.bits != 8:
         troubles.append(f"bits={scheme.bits}: activations are executed in 8 bits")
     if troubles:
@@ -60,25 +63,23 @@ def check_executable(scheme: Scheme) -> None:
 class Executor:
     """Replaces the linears of a shared copy of one model."""
 
-    def __init__(
-        self, lm: LM, model: nn.Module, scheme: Scheme, backend: Backend, steps: Mapping[str, list[Float[Tensor, "1"]]]
-    ) -> None:
+    def __init__(self, lm: LM, model: nn.Module, calibration: Calibration, backend: Backend) -> None:
         """Take note.
 
         Args:
             lm: the model, as it was.
             model: a shared copy of it, to be changed.
-            scheme: one that `check_executable` lets pass.
+            calibration: static steps and clips, for a scheme that `check_executable` lets pass.
             backend: who computes.
-            steps: the static step of each linear's input, by name, or one per fused expert; empty if dynamic.
         """
-        self.lm, self.model, self.scheme, self.backend, self.steps = lm, model, scheme, backend, steps
-        self.share: spec.Share = "token" if isinstance(scheme.activation, PerToken) else "tensor"
+        self.lm, self.model, self.calibration, self.backend = lm, model, calibration, backend
+        self.scheme = calibration.scheme
+        self.share: spec.Share = "token" if isinstance(self.scheme.activation, PerToken) else "tensor"
 
     def group(self, group: Group, names: Iterable[str]) -> None:
         """Replace these linears of a group, all of them ordinary ones."""
         for divisor, together in self._by_divisor(names):
-            step = self.steps.get(together[0], [None])[0]
+            step = self._steps(together[0])[0]
             site = Site(self.backend, self.share, step, divisor, together)
             for some, pair in self._products(together):
                 linears = merged(self.backend, site, [self._codes(name) for name in some], gated=pair)
@@ -104,17 +105,13 @@ class Executor:
 
     def _stack(self, name: str, gated: bool) -> Stack:
         """One product per expert."""
-        assert self.scheme.weight is not None
         matrices = weight(self.lm, name).detach().unflatten(0, (experts(self.lm, name), -1))
         products = []
-        for matrix in matrices:
-            found = quantize_tensor(
-                matrix, self.scheme.weight, self.scheme.bits_of_weights, of="weight", name=f"the weight of {name}"
-            )
+        for index, matrix in enumerate(matrices):
+            found = self._quantized(name, matrix, index)
             packed = self.backend.pack(found.values, found.step.flatten(), None, gated)
             products.append(Product(self.backend, packed))
-        steps = self.steps.get(name, [None])
-        return Stack([Site(self.backend, self.share, step, None, (name,)) for step in steps], products)
+        return Stack([Site(self.backend, self.share, step, None, (name,)) for step in self._steps(name)], products)
 
     def head(self) -> None:
         """Replace the head, and the embedding too where they are tied; the head's input is quantised per token."""
@@ -156,11 +153,23 @@ class Executor:
                 f"{name} is a {type(module).__name__}, which sqviz cannot execute in integers. Leave it in floating "
                 f"point: skip={[name]!r}."
             )
-        assert self.scheme.weight is not None
-        found = quantize_tensor(
-            matrix, self.scheme.weight, self.scheme.bits_of_weights, of="weight", name=f"the weight of {name}"
-        )
+        found = self._quantized(name, matrix)
         return found.values, found.step, bias
+
+    def _quantized(self, name: str, matrix: Float[Tensor, "out channel"], expert: int | None = None) -> Quantized:
+        assert self.scheme.weight is not None
+        return quantize_tensor(
+            matrix,
+            self.scheme.weight,
+            self.scheme.bits_of_weights,
+            clip=self.calibration.weight_clip(name, matrix, expert),
+            of="weight",
+            name=f"the weight of {name}",
+        )
+
+    def _steps(self, name: str) -> list[Float[Tensor, "1"] | None]:
+        """The static step of the input of a linear, or one per fused expert; [None] if dynamic."""
+        return [None if grid is None else grid[0].reshape(1) for grid in self.calibration.grids(name)]
 
     def _by_divisor(self, names: Iterable[str]) -> list[tuple[Tensor | None, list[str]]]:
         """The names, those together that divide their input by the same s or by none."""

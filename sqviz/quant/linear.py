@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sqviz_kernels.dispatch import backend_for
-from torch import Tensor, nn
+from torch import nn
 
 from sqviz.errors import NoSuchLayer, SqvizError
 from sqviz.models.linears import Group, experts, groups, no_such_layer, weight
@@ -28,7 +28,7 @@ from sqviz.models.lm import LM, share
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant import int8_attention
-from sqviz.quant.calibration import static_grids
+from sqviz.quant.calibration import Calibration
 from sqviz.quant.execute import Executor, check_executable, finish
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.simulate import Simulator
@@ -56,8 +56,9 @@ def quantize(
     Args:
         lm: the model, smoothed beforehand or not. Its linears must not be quantised yet.
         scheme: granularities, bits, static or dynamic.
-        magnitudes: from `sqviz.capture`, for the steps of a static scheme. May come from before or after smoothing:
-            the recorded extrema of every channel are divided by the smoothing factors that were folded in since.
+        magnitudes: from `sqviz.capture`, for the steps of a static scheme and for ranges that are clipped. May come
+            from before or after smoothing: the recorded extrema of every channel are divided by the smoothing factors
+            that were folded in since. Only `ClipTokens` and `ClipValues` want a capture of `lm` itself.
         backend: "simulate": integers acted out in floating point. "auto": executed by the best backend there is for the
             model's device. Or one by name, see `sqviz.backends()`.
         skip: glob patterns over names of linears that stay in floating point, such as "*.down_proj".
@@ -68,8 +69,8 @@ def quantize(
         progress: show a progress bar (billions of weights take a while).
 
     Raises:
-        SqvizError: the scheme is static and `magnitudes` is missing or is another model's; an unknown backend; a scheme
-            that cannot be executed in integers; a linear is quantised already or of a kind that is not known.
+        SqvizError: the scheme needs calibration and `magnitudes` are missing or another model's; an unknown backend; a
+            scheme that cannot be executed in integers; a linear is quantised already or of a kind that is not known.
         Unavailable: the backend cannot run on this machine; the message says why.
         NoSuchLayer: a pattern matches nothing.
         NonFinite: a weight holds a NaN or an infinity.
@@ -77,28 +78,36 @@ def quantize(
     """
     if not isinstance(scheme, Scheme):
         raise SqvizError(f"scheme={scheme!r}: a sqviz.Scheme is needed, such as sqviz.SMOOTHQUANT_O1.")
-    if scheme.static and magnitudes is None:
-        raise SqvizError(
-            f"{scheme!r} is static: its steps come from calibration. Give the magnitudes: "
-            "m = sqviz.capture(lm, text); sqviz.quantize(lm, scheme, m). Or use static=False."
-        )
+    calibration = Calibration(lm, scheme, magnitudes, cancel)
+    return quantize_calibrated(calibration, backend, skip, head=head, attention=attention, progress=progress)
+
+
+def quantize_calibrated(
+    calibration: Calibration,
+    backend: str = "simulate",
+    skip: str | Iterable[str] = (),
+    *,
+    head: bool = False,
+    attention: bool = False,
+    progress: bool = False,
+) -> LM:
+    """`quantize` for a model and a scheme whose calibration is there already. Arguments and errors as there."""
+    lm, scheme, cancel = calibration.lm, calibration.scheme, calibration.cancel
     pairs = [(group, name) for group in groups(lm) for name in group.consumers]
-    skipped = _matching(skip, [name for _, name in pairs])
+    skipped = matching(skip, [name for _, name in pairs])
     make = _simulated if backend == "simulate" else _executed
     with progress_bar(len(pairs), "quantising", unit="linears", cancel=cancel, show=progress) as bar:
-        model = make(lm, scheme, magnitudes, backend, skipped, head, bar.step)
+        model = make(lm, calibration, backend, skipped, head, bar.step)
         if attention:
             int8_attention.use(lm, model, None if backend == "simulate" else backend_for(backend, lm.device))
     note = "; ".join(filter(None, [lm.note, scheme.describe() + ("" if backend == "simulate" else ", executed")]))
     return lm.replace(model=model, note=note)
 
 
-def _simulated(
-    lm: LM, scheme: Scheme, magnitudes: "Magnitudes | None", backend: str, skipped: set[str], head: bool, step: Step
-) -> nn.Module:
+def _simulated(lm: LM, calibration: Calibration, backend: str, skipped: set[str], head: bool, step: Step) -> nn.Module:
     if head:
         raise SqvizError("head=True is for models that execute in integers: give backend='auto'.")
-    model, simulator = share(lm.model), Simulator(lm, scheme, magnitudes)
+    model, simulator = share(lm.model), Simulator(lm, calibration.scheme, calibration)
     done: set[str] = set()
     for group in groups(lm):
         for name in group.consumers:
@@ -110,16 +119,10 @@ def _simulated(
     return model
 
 
-def _executed(
-    lm: LM, scheme: Scheme, magnitudes: "Magnitudes | None", backend: str, skipped: set[str], head: bool, step: Step
-) -> nn.Module:
-    check_executable(scheme)
-    steps: dict[str, list[Tensor]] = {}
-    if magnitudes is not None and scheme.static:
-        for name in (name for group in groups(lm) for name in group.consumers):
-            steps[name] = [grid.reshape(1) for grid, _ in static_grids(lm, scheme, magnitudes, name)]
+def _executed(lm: LM, calibration: Calibration, backend: str, skipped: set[str], head: bool, step: Step) -> nn.Module:
+    check_executable(calibration.scheme)
     model = share(lm.model)
-    executor = Executor(lm, model, scheme, backend_for(backend, lm.device), steps)
+    executor = Executor(lm, model, calibration, backend_for(backend, lm.device))
     parents: dict[str, None] = {}
     fused: set[str] = set()
     for group in groups(lm):
@@ -150,7 +153,7 @@ def is_router(lm: LM, group: Group, name: str) -> bool:
     return False
 
 
-def _matching(patterns: str | Iterable[str], names: Sequence[str]) -> set[str]:
+def matching(patterns: str | Iterable[str], names: Sequence[str]) -> set[str]:
     """The names that one of the glob patterns matches. Raises `NoSuchLayer` for a pattern that matches none."""
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

@@ -7,7 +7,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sqviz.errors import SqvizError
+from sqviz.models.lm import LM
 from sqviz.quant.scaled_linear import ScaledLinear
+
+
+class Integer:
+    """Marks modules that compute in integers, really or acted out: their weights cannot be rescaled any more."""
+
+
+def check_floating(lm: LM, what: str) -> None:
+    """Raise `SqvizError` if a linear of the model is quantised; `what` is what cannot be done to it."""
+    for name, module in lm.model.named_modules():
+        if isinstance(module, Integer):
+            raise SqvizError(
+                f"{name} is quantised already: {what} the model that it was made from, then quantise that."
+            )
 
 
 def is_plain(module: nn.Module, matrix: Float[Tensor, "out channel"], bias: Tensor | None) -> bool:

@@ -65,8 +65,9 @@ def _choose(lm: LM, every: tuple[Group, ...], alpha: Alpha, folds: Folds, online
     """α of every group that the call addresses."""
     covered = [group for group in every if folds == "all" or group.entry]
     if isinstance(alpha, str):
-        hint = "finding α by itself is not available yet" if alpha == "auto" else "a number in [0, 1] is needed"
-        raise SqvizError(f"alpha={alpha!r}: {hint}; give one α, a mapping {{pattern: α}}, or a callable")
+        raise SqvizError(
+            f"alpha={alpha!r}: a number in [0, 1] is needed, a mapping {{pattern: α}}, a callable, or 'auto'"
+        )
     if isinstance(alpha, Mapping):
         return _match(lm, every, covered, alpha, online)
     if callable(alpha):

@@ -26,7 +26,7 @@ class ScaledLinear(nn.Linear):
     input_scale: Tensor
 
     def __init__(
-        self, new_weight: Float[Tensor, "out channel"], bias: Tensor | None, s: Float[Tensor, "channel"]
+        self, new_weight: Float[Tensor, "out channel"], bias: Tensor | None, s: Float[Tensor, " channel"]
     ) -> None:
         out, channels = new_weight.shape
         super().__init__(channels, out, bias=False, device="meta", dtype=new_weight.dtype)
@@ -44,7 +44,7 @@ class ScaledLinear(nn.Linear):
         return f"{super().extra_repr()}, input divided by s"
 
 
-def divide_online(model: nn.Module, name: str, s: Float[Tensor, "channel"]) -> Float[Tensor, "channel"]:
+def divide_online(model: nn.Module, name: str, s: Float[Tensor, " channel"]) -> Float[Tensor, " channel"]:
     """Replace the linear `name` of a shared copy by a `ScaledLinear`; one that is scaled already is scaled further.
 
     Returns:

@@ -1,8 +1,10 @@
 """`Scheme`: what is quantised, how finely, from which statistics; and the rows of thesis Table 3.2 as values."""
 
 import dataclasses
+import math
 
 from sqviz.errors import SqvizError
+from sqviz.quant.clipping import Clip, ClipTokens, ClipValues, LeastError
 from sqviz.quant.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from sqviz.quant.quantize import check_bits
 
@@ -26,6 +28,12 @@ class Scheme:
         bits: bits of the activations, and of the weights unless `weight_bits` says otherwise; 2 to 8.
         weight_bits: bits of the weights, 2 to 8; None: the same as `bits`.
         symmetric: around 0 (thesis equation 3.1), or with a zero point, for weights and activations alike.
+        clip: where static per-tensor steps of activations are cut off: ClipTokens(share), ClipValues(quantile) or
+            LeastError(); None: they reach as far as calibration did.
+        weight_clip: LeastError() cuts the range of the weights off where the linear's output errs least; None: they
+            are represented up to their maximum.
+        outliers: input channels with a value of at least this magnitude, in any token, are multiplied in floating
+            point, both operands (LLM.int8()); None: no channel is.
         name: a label for tables and plots.
 
     Raises `SqvizError` naming the field, its value and what is allowed.
@@ -37,6 +45,9 @@ class Scheme:
     bits: int = 8
     weight_bits: int | None = None
     symmetric: bool = True
+    clip: Clip | None = None
+    weight_clip: LeastError | None = None
+    outliers: float | None = None
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +68,47 @@ class Scheme:
         check_bits(self.bits, "Scheme(bits=…): bits")
         if self.weight_bits is not None:
             check_bits(self.weight_bits, "Scheme(weight_bits=…): weight_bits")
+        self._check_clips()
+        self._check_outliers()
+
+    def _check_clips(self) -> None:
+        if self.clip is not None:
+            if not isinstance(self.clip, Clip):
+                raise SqvizError(
+                    f"Scheme(clip={self.clip!r}): ClipTokens(share), ClipValues(quantile), LeastError() or None is "
+                    "allowed."
+                )
+            if not self.static or not isinstance(self.activation, PerTensor) or not self.symmetric:
+                raise SqvizError(
+                    f"Scheme(clip={self.clip!r}): one step for the whole tensor is cut off, from calibration: it needs "
+                    f"activation=PerTensor(), static=True and symmetric=True, not {self.activation!r}, "
+                    f"static={self.static}, symmetric={self.symmetric}. Or leave clip out."
+                )
+        if self.weight_clip is not None:
+            fits = isinstance(self.weight, PerTensor | PerChannel) and self.symmetric
+            if not isinstance(self.weight_clip, LeastError) or not fits:
+                raise SqvizError(
+                    f"Scheme(weight_clip={self.weight_clip!r}): LeastError() is allowed, with symmetric weights "
+                    f"PerTensor() or PerChannel(), not {self.weight!r}, symmetric={self.symmetric}."
+                )
+
+    def _check_outliers(self) -> None:
+        if self.outliers is None:
+            return
+        number = isinstance(self.outliers, int | float) and not isinstance(self.outliers, bool)
+        if not number or not 0 < self.outliers < math.inf:
+            raise SqvizError(f"Scheme(outliers={self.outliers!r}): a magnitude above 0 is allowed, 6.0 in LLM.int8().")
+        if self.weight is None or not isinstance(self.activation, PerToken | PerTensor) or self.static:
+            raise SqvizError(
+                f"Scheme(outliers={self.outliers!r}): the channels kept in floating point are found in each tensor as "
+                "it comes. It needs weights, activation=PerToken() or PerTensor(), and static=False; not "
+                f"{self.weight!r}, {self.activation!r}, static={self.static}."
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `quantize` has to be given magnitudes."""
+        return self.static or self.weight_clip is not None
 
     @property
     def bits_of_weights(self) -> int:
@@ -77,6 +129,12 @@ class Scheme:
             parts.append(f"W{self.bits_of_weights} {_words(self.weight)}")
         if self.activation is not None:
             parts.append(f"A{self.bits} {_words(self.activation)}, {'static' if self.static else 'dynamic'}")
+        if self.clip is not None:
+            parts.append(_clipped(self.clip))
+        if self.weight_clip is not None:
+            parts.append("weights clipped for least error")
+        if self.outliers is not None:
+            parts.append(f"channels ≥ {self.outliers:g} in 16 bit")
         line = ", ".join(parts) + ("" if self.symmetric else ", asymmetric")
         return f"{self.name}: {line}" if self.name else line
 
@@ -92,7 +150,7 @@ class Scheme:
         parts = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Granularity):
+            if isinstance(value, Granularity | Clip):
                 parts.append(f"{field.name}={prefix}{value!r}")
             elif value != field.default:
                 parts.append(f"{field.name}={value!r}")
@@ -115,8 +173,21 @@ def _words(granularity: Granularity) -> str:
     return {PerTensor: "per-tensor", PerToken: "per-token", PerChannel: "per-channel"}[type(granularity)]
 
 
+def _clipped(clip: Clip) -> str:
+    match clip:
+        case ClipTokens(share):
+            return f"clipped above all but {share:.2%} of tokens"
+        case ClipValues(quantile):
+            return f"clipped at the {quantile:.2%} quantile"
+        case LeastError():
+            return "clipped for least error"
+
+
 W8A8 = Scheme(PerTensor(), PerTensor(), name="W8A8")
 ZEROQUANT = Scheme(PerGroup(128), PerToken(), name="ZeroQuant")
+LLM_INT8 = Scheme(PerChannel(), PerToken(), outliers=6.0, name="LLM.int8()")
+OUTLIER_SUPPRESSION = Scheme(PerTensor(), PerTensor(), static=True, clip=LeastError(), name="Outlier Suppression")
+"""Its other half, the norm without a gain, changes the model and not the scheme: `sqviz.non_scaling_norms`."""
 SMOOTHQUANT_O1 = Scheme(PerTensor(), PerToken(), name="SmoothQuant-O1")
 SMOOTHQUANT_O2 = Scheme(PerTensor(), PerTensor(), name="SmoothQuant-O2")
 SMOOTHQUANT_O3 = Scheme(PerTensor(), PerTensor(), static=True, name="SmoothQuant-O3")
@@ -126,6 +197,8 @@ SMOOTHQUANT_LLAMA = Scheme(PerChannel(), PerToken(), name="SmoothQuant-Llama")
 PRESETS = {
     "W8A8": W8A8,
     "ZEROQUANT": ZEROQUANT,
+    "LLM_INT8": LLM_INT8,
+    "OUTLIER_SUPPRESSION": OUTLIER_SUPPRESSION,
     "SMOOTHQUANT_O1": SMOOTHQUANT_O1,
     "SMOOTHQUANT_O2": SMOOTHQUANT_O2,
     "SMOOTHQUANT_O3": SMOOTHQUANT_O3,

@@ -1,6 +1,6 @@
 """Making a model that acts integers out in floating point: each linear becomes a module of simulated.py."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,23 +9,19 @@ from torch import Tensor, nn
 from sqviz.errors import SqvizError
 from sqviz.models.linears import experts, weight
 from sqviz.models.lm import LM
-from sqviz.quant.calibration import static_grids
+from sqviz.quant.calibration import Calibration
 from sqviz.quant.plain import check_experts, is_plain
 from sqviz.quant.quantize import fake_quantize
 from sqviz.quant.scaled_linear import ScaledLinear
 from sqviz.quant.schemes import Scheme
-from sqviz.quant.simulated import InputQuantizer, SimulatedExperts, SimulatedLinear
-
-if TYPE_CHECKING:
-    from sqviz.observe.magnitudes import Magnitudes
+from sqviz.quant.simulated import InputQuantizer, MixedLinear, SimulatedExperts, SimulatedLinear
 
 
 class Simulator:
     """Makes the simulated module for each linear of one model."""
 
-    def __init__(self, lm: LM, scheme: Scheme, magnitudes: "Magnitudes | None") -> None:
-        self.lm, self.scheme = lm, scheme
-        self.magnitudes = magnitudes if scheme.static else None
+    def __init__(self, lm: LM, scheme: Scheme, calibration: Calibration) -> None:
+        self.lm, self.scheme, self.calibration = lm, scheme, calibration
 
     def build(self, name: str, path: str, skipped: set[str]) -> nn.Module:
         """The module for the linear `name`, or for the fused experts at `path`."""
@@ -41,10 +37,19 @@ class Simulator:
                 f"{name} is a {type(module).__name__}, which sqviz cannot simulate. Leave it in floating point: "
                 f"skip={[name]!r}."
             )
-        return SimulatedLinear(self._weight(name), bias, self._quantizers(name)[0], smoothing)
+        quantizer = self._quantizers(name)[0]
+        if self.scheme.outliers is not None and quantizer is not None:
+            original = weight(self.lm, name).detach()
+            return MixedLinear(original, self._weight(name), bias, quantizer, self.scheme.outliers, smoothing)
+        return SimulatedLinear(self._weight(name), bias, quantizer, smoothing)
 
     def _experts(self, module: Any, path: str, skipped: set[str]) -> nn.Module:
         check_experts(module, path)
+        if self.scheme.outliers is not None:
+            raise SqvizError(
+                f"{path}: channels of fused experts cannot be kept in floating point (outliers={self.scheme.outliers})."
+                f" Leave these linears as they are: skip={path + '.*'!r}."
+            )
         up, down = f"{path}.gate_up_proj", f"{path}.down_proj"
         outer = None if up in skipped else self._quantizers(up)[0]
         inner = [None] if down in skipped else self._quantizers(down)
@@ -71,10 +76,11 @@ class Simulator:
                     self.scheme.weight,
                     self.scheme.bits_of_weights,
                     self.scheme.symmetric,
+                    clip=self.calibration.weight_clip(name, matrix, index if count else None),
                     of="weight",
                     name=f"the weight of {name}",
                 )
-                for matrix in matrices
+                for index, matrix in enumerate(matrices)
             ]
         )
         return new if count else new[0]
@@ -83,9 +89,4 @@ class Simulator:
         """One quantiser of the input of `name`, or one per expert where experts have smoothing factors of their own."""
         if self.scheme.activation is None:
             return [None]
-        if self.magnitudes is None:
-            return [InputQuantizer(self.scheme, name)]
-        return [
-            InputQuantizer(self.scheme, name, grid)
-            for grid in static_grids(self.lm, self.scheme, self.magnitudes, name)
-        ]
+        return [InputQuantizer(self.scheme, name, grid) for grid in self.calibration.grids(name)]

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from sqviz.quant.calibration import Grid
 from sqviz.quant.granularity import Granularity
+from sqviz.quant.plain import Integer
 from sqviz.quant.quantize import fake_quantize
 from sqviz.quant.schemes import Scheme
 
@@ -50,7 +51,7 @@ class InputQuantizer(nn.Module):
         return f"{self.granularity}, bits={self.bits}, {'dynamic' if self.step is None else 'static'}"
 
 
-class SimulatedLinear(nn.Module):
+class SimulatedLinear(Integer, nn.Module):
     """Y = X̂ Ŵᵀ + b, in floating point.
 
     Attributes:
@@ -90,7 +91,44 @@ class SimulatedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class SimulatedExperts(nn.Module):
+class MixedLinear(SimulatedLinear):
+    """LLM.int8(): input channels that reach `threshold` are multiplied in floating point, the others as X̂ Ŵᵀ.
+
+    Y = X[:, O] W[:, O]ᵀ + X̂[:, ¬O] Ŵ[:, ¬O]ᵀ + b,    O = channels j with max_t |X_tj| ≥ threshold
+
+    over all tokens of the forward pass, as in Dettmers et al. 2022, §3.2. Steps of X̂ are those of the other channels
+    only; those of Ŵ span all channels, for it is quantised once and O is not known before.
+
+    Attributes:
+        original: W [out channel], the tensor of the model it was made from.
+        threshold: 6.0 in the paper.
+    """
+
+    def __init__(
+        self,
+        original: Float[Tensor, "out channel"],
+        weight: Float[Tensor, "out channel"],
+        bias: Tensor | None,
+        quantizer: InputQuantizer,
+        threshold: float,
+        smoothing: Float[Tensor, " channel"] | None = None,
+    ) -> None:
+        super().__init__(weight, bias, quantizer, smoothing)
+        self.original, self.threshold = _frozen(original), threshold
+
+    def forward(self, x: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows out"]:
+        """[… channel] → [… out]. Raises `NonFinite` naming the linear."""
+        assert self.quantizer is not None
+        if self.smoothing is not None:
+            x = x / self.smoothing
+        kept = x.flatten(0, -2).abs().amax(0) >= self.threshold if x.numel() else x.new_zeros(x.shape[-1]).bool()
+        y = linear(self.quantizer(x.masked_fill(kept, 0)), self.weight, self.bias)
+        if not bool(kept.any()):
+            return y
+        return y + linear(x[..., kept], self.original[:, kept])
+
+
+class SimulatedExperts(Integer, nn.Module):
     """Fused gated experts, one expert after the other, both products simulated.
 
     Attributes:

@@ -27,8 +27,11 @@ from sqviz.models.folds import divide_input, multiply_weights, producer_rows, sc
 from sqviz.models.linears import Group, holder
 from sqviz.models.lm import LM, share
 from sqviz.quant.equivalence import check_equivalence
+from sqviz.quant.kept_sinks import refresh
+from sqviz.quant.plain import check_floating
 from sqviz.quant.plan import Alpha, Folds, Step, check_alpha, plan
 from sqviz.quant.scaled_linear import divide_online
+from sqviz.quant.schemes import Scheme
 
 SMALLEST, LARGEST = 1e-5, 1e5  # s is kept between these
 
@@ -59,7 +62,14 @@ def smoothing_scale(
 
 
 def smooth(
-    lm: LM, magnitudes: HasAbsmax, alpha: Alpha, *, folds: Folds = "norm", online: bool = False, check: bool = True
+    lm: LM,
+    magnitudes: HasAbsmax,
+    alpha: Alpha,
+    *,
+    folds: Folds = "norm",
+    online: bool = False,
+    check: bool = True,
+    scheme: Scheme | None = None,
 ) -> LM:
     """A model with smoother activations and the same logits. `lm` stays as it was; unchanged weights are shared.
 
@@ -68,34 +78,53 @@ def smooth(
         magnitudes: what `sqviz.capture` returned, for this model or for one it was smoothed from.
         alpha: migration strength in [0, 1]. One number; or {pattern: α} with glob patterns over names of linears
             ("*.down_proj", "model.layers.3.*"; linears that share an input share α; the last matching pattern counts,
-            None leaves out); or a callable that gets a `Group` and returns α, or None to leave it.
+            None leaves out); or a callable that gets a `Group` and returns α, or None to leave it. "auto" searches,
+            see `sqviz.search_alpha`, which also keeps what it finds.
         folds: "norm" smooths the inputs of attention and MLP by folding into norms, as the thesis does; "all" also
             folds into earlier linears where that is exact.
         online: divide inputs that cannot be folded at run time (`ScaledLinear`), instead of raising. With
             `folds="norm"` that means the inputs of attention and MLP, and whatever a pattern names.
         check: compare the logits before and after.
+        scheme: what the model will be quantised by; for "auto" only.
 
     Returns:
         The smoothed `LM`; its `scales` hold, for every linear, the product of all s that its input was divided by.
 
     Raises:
-        SqvizError: α is outside [0, 1], or statistics and model differ in size.
+        SqvizError: α is outside [0, 1], statistics and model differ in size, or the model is quantised already.
         NoSuchLayer: a pattern matches nothing, or `magnitudes` lacks a linear.
         CannotFold: what was asked for has no exact fold; the message names the linear and why.
         NonFinite: a captured maximum is NaN or infinite.
         NotEquivalent: the logits changed (`check`).
     """
+    check_floating(lm, "smooth")
+    if alpha == "auto":
+        alpha = _searched(lm, magnitudes, scheme, folds)
     steps = plan(lm, alpha, folds, online)
-    _refuse_tied(lm, steps)
+    refuse_tied(lm, steps)
     after, scales = lm.replace(model=share(lm.model), note=_note(lm, alpha, folds, online)), dict(lm.scales)
     with torch.no_grad():
         for step in sorted(steps, key=lambda step: step.group.fold_kind == "norm"):
             s = _apply(after, step, _input_absmax(lm, magnitudes, step.group)).cpu()
             scales.update({name: scales.get(name, 1) * s for name in step.group.consumers})
     after = after.replace(scales=scales)
+    refresh(after)
     if check:
         check_equivalence(lm, after)
     return after
+
+
+def _searched(lm: LM, magnitudes: HasAbsmax, scheme: Scheme | None, folds: Folds) -> Alpha:
+    from sqviz.observe.magnitudes import Magnitudes
+    from sqviz.quant.alpha import search_alpha
+
+    if scheme is None:
+        raise SqvizError(
+            'alpha="auto" searches for one scheme: give scheme=…, such as sqviz.SMOOTHQUANT_O1, or α as a number.'
+        )
+    if not isinstance(magnitudes, Magnitudes):
+        raise SqvizError(f'alpha="auto" needs what sqviz.capture returned, not a {type(magnitudes).__name__}.')
+    return search_alpha(lm, magnitudes, scheme, folds=folds)
 
 
 def _apply(after: LM, step: Step, x_absmax: Float[Tensor, "*expert channel"]) -> Float[Tensor, "*expert channel"]:
@@ -140,7 +169,7 @@ def _input_absmax(lm: LM, magnitudes: HasAbsmax, group: Group) -> Float[Tensor, 
     return absmax if now is None else absmax / now.to(absmax)
 
 
-def _refuse_tied(lm: LM, steps: tuple[Step, ...]) -> None:
+def refuse_tied(lm: LM, steps: tuple[Step, ...]) -> None:
     """Raise `CannotFold` if a tensor to be rescaled has a second owner, which would see its values change."""
     owners: dict[int, list[str]] = {}
     for name, parameter in lm.model.named_parameters(remove_duplicate=False):

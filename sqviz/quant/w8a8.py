@@ -23,6 +23,7 @@ from sqviz_kernels.spec import Norm, Share
 from torch import Tensor, nn
 
 from sqviz.errors import SqvizError
+from sqviz.quant.plain import Integer
 
 
 class Carried:
@@ -162,7 +163,7 @@ class Product(Fixed):
         return found
 
 
-class W8A8Linear(nn.Module):
+class W8A8Linear(Integer, nn.Module):
     """One linear in integers: rows `start` … `stop` − 1 of a product.
 
     Attributes:
@@ -327,7 +328,7 @@ class W8A8Embedding(nn.Module):
 def merged(
     backend: Backend,
     site: Site,
-    parts: Sequence[tuple[Int8[Tensor, "out channel"], Float[Tensor, "out_or_1"], Tensor | None]],
+    parts: Sequence[tuple[Int8[Tensor, "out channel"], Float[Tensor, " out_or_1"], Tensor | None]],
     gated: bool = False,
 ) -> list[W8A8Linear]:
     """Linears that read one tensor as one product: (codes, step, bias) of each."""

@@ -9,6 +9,7 @@ from sqviz_kernels.backend import Codes, opaque
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from sqviz.quant.plain import Integer
 from sqviz.quant.w8a8 import Product, Site
 
 
@@ -31,7 +32,7 @@ class Stack(nn.Module):
         return torch.stack([p.codes().float() * p.step.expand(p.out)[:, None] for p in products])
 
 
-class W8A8Experts(nn.Module):
+class W8A8Experts(Integer, nn.Module):
     """Fused gated experts, one after the other, both products in integers.
 
     Attributes:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
+from sqviz.quant.kept_sinks import sinks_of
 from sqviz.streaming.plan import State
 from sqviz.streaming.policies import Cached, Recompute, capacity, chosen_by
 from sqviz.streaming.positions import Alibi, Scheme
@@ -17,6 +18,11 @@ def check_policy(lm: LM, policy: Any, limit: int | None) -> None:
     """Raise `SqvizError` for a policy without a cache, or one with more keys than the model has angles for or sees."""
     if isinstance(policy, Recompute) or not hasattr(policy, "sinks"):
         raise SqvizError(f"{policy!r} keeps no cache; Dense(), Window(n) and Sinks(s, r) do")
+    if sinks_of(lm) is not None:
+        raise SqvizError(
+            f"{lm.name} keeps sinks of its own in front of every text, and {policy} would count its positions without "
+            "them. Stream the model that it was made from."
+        )
     size, config = capacity(policy), lm.config
     if limit is not None and size is not None and size > limit:
         raise SqvizError(f"{policy} needs {size} positions and {lm.name} has angles for {limit}")

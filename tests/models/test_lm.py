@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sqviz.models.lm import LM, share, unshare
+from sqviz.models.tiny import tiny
 
 
 class Tied(nn.Module):
@@ -80,6 +81,15 @@ def test_share_leaves_hooks_behind_and_keeps_the_originals() -> None:
     assert calls == []
     model(torch.tensor([1]))
     assert calls == ["original"]
+
+
+def test_a_twin_records_hidden_states_after_its_original_did() -> None:
+    lm, ids = tiny("LlamaForCausalLM"), torch.arange(5)[None]
+    with torch.no_grad():
+        states = lm.model(ids, output_hidden_states=True).hidden_states
+        again = share(lm.model)(ids, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    assert all(torch.equal(a, b) for a, b in zip(states, again, strict=True))
 
 
 def test_replace_makes_a_new_value() -> None:

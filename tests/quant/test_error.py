@@ -16,7 +16,7 @@ from sqviz.quant.schemes import PRESETS, SMOOTHQUANT_LLAMA, SMOOTHQUANT_O1, SMOO
 from sqviz.quant.smooth import smoothing_scale
 
 SCHEMES = [
-    *PRESETS.values(),
+    *(preset for preset in PRESETS.values() if preset.clip is None and preset.outliers is None),
     Scheme(PerTensor(), PerToken(), bits=5, weight_bits=3),
     Scheme(PerChannel(), PerChannel(), static=True),
     Scheme(PerTensor(), PerTensor(), symmetric=False),

@@ -103,11 +103,6 @@ def test_numpy_numbers_are_numbers():
     assert set(planned("LlamaForCausalLM", np.float32(0.5)).values()) == {0.5}
 
 
-def test_automatic_alpha_is_not_there_yet():
-    with pytest.raises(SqvizError, match="not available yet"):
-        plan(tiny("LlamaForCausalLM"), "auto")
-
-
 def test_a_pattern_that_matches_nothing_lists_near_names():
     with pytest.raises(NoSuchLayer, match=r"'\*\.dwn_proj' matches nothing.*near: .*proj"):
         plan(tiny("LlamaForCausalLM"), {"*": 0.5, "*.dwn_proj": 0.5})

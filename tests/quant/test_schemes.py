@@ -13,6 +13,8 @@ def test_presets_are_the_rows_of_table_3_2():
     table = {  # weight, activation, static
         "W8A8": (PerTensor(), PerTensor(), False),
         "ZEROQUANT": (PerGroup(128), PerToken(), False),
+        "LLM_INT8": (PerChannel(), PerToken(), False),
+        "OUTLIER_SUPPRESSION": (PerTensor(), PerTensor(), True),
         "SMOOTHQUANT_O1": (PerTensor(), PerToken(), False),
         "SMOOTHQUANT_O2": (PerTensor(), PerTensor(), False),
         "SMOOTHQUANT_O3": (PerTensor(), PerTensor(), True),

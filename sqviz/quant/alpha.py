@@ -1,0 +1,281 @@
+"""`alpha="auto"`: a migration strength for every fold of a model, found instead of tried (thesis §3.3, §3.4.1).
+
+The thesis takes one α per model from a grid search; here each group of linears may have its own, or be left alone. What
+is searched for depends on what one looks at:
+
+    "layer"    each linear by itself: mean_t ‖ŷ_t − y_t‖² / ‖y_t‖² of its own output. Fast, and misleading where
+               weights have one step per tensor: a fold into an earlier linear spreads that one's rows, which no layer
+               sees of another.
+    "block"    the same of a block's output, its groups searched in turns (coordinate descent)
+    "logits"   the Kullback-Leibler divergence KL(p ‖ p̂) of the next token, one α for each kind of linear, the kinds
+               searched in turns
+
+    "auto"     all three, and flat strengths beside them; what has the least divergence on segments that no search has
+               seen is kept
+
+The segments come from the calibration that `sqviz.capture` saw: of its tokens the first are searched on, later ones
+decide. Everything is simulated. A search that is cancelled returns the best it has found so far.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from sqviz.errors import Cancelled, SqvizError
+from sqviz.models.linears import Group, experts, groups, weight
+from sqviz.models.lm import LM
+from sqviz.progress import Bar, CancelToken
+from sqviz.progress import progress as progress_bar
+from sqviz.quant.block import Blocks
+from sqviz.quant.calibration import Calibration
+from sqviz.quant.found_alpha import FoundAlpha, Tried
+from sqviz.quant.linear import quantize_calibrated
+from sqviz.quant.plain import check_floating
+from sqviz.quant.plan import Folds
+from sqviz.quant.rows import Rows, sample_rows
+from sqviz.quant.schemes import Scheme
+from sqviz.quant.smooth import smooth
+
+if TYPE_CHECKING:
+    from sqviz.observe.magnitudes import Magnitudes
+
+Objective = Literal["layer", "block", "logits", "auto"]
+OBJECTIVES = ("layer", "block", "logits", "auto")
+GRID: tuple[float | None, ...] = (None, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+"""What is tried for each group; None leaves it unsmoothed."""
+
+FLAT = (None, 0.5, 0.85)
+"""Strengths for all groups alike that "auto" tries beside the searches: none, OPT's and Llama-2's."""
+
+SEARCHED, HELD = 2, 4
+"""Segments of the calibration that are searched on, and that decide."""
+
+STRIDE = 4
+"""Of the tokens of a segment every so manyth is asked for the next one: less to compute and to hold."""
+
+Alphas = dict[str, float | None]
+"""α by the name of a group's first linear."""
+
+
+def search_alpha(
+    lm: LM,
+    magnitudes: "Magnitudes",
+    scheme: Scheme,
+    objective: Objective = "auto",
+    *,
+    folds: Folds = "all",
+    cancel: CancelToken | None = None,
+    progress: bool = True,
+) -> FoundAlpha:
+    """A strength for every fold, for one scheme.
+
+    Args:
+        lm: the model, not quantised; it stays as it was.
+        magnitudes: from `sqviz.capture` of this model, six segments at least; they also give the text to search on.
+        scheme: what the model will be quantised by.
+        objective: see above.
+        folds: "norm" as in the thesis, or "all" exact ones.
+        cancel: ends the search; so does the progress bar's button. The best so far is returned.
+        progress: draw a bar.
+
+    Raises:
+        SqvizError: an unknown objective or fold, too short a calibration, or one of another model.
+    """
+    if objective not in OBJECTIVES:
+        raise SqvizError(f"objective={objective!r}: one of {', '.join(OBJECTIVES)} is allowed.")
+    check_floating(lm, "search α for")
+    cancel = CancelToken() if cancel is None else cancel
+    search = _Search(lm, magnitudes, scheme, folds, cancel)
+    stages = {"layer": search.by_layer, "block": search.by_block, "logits": search.by_logits}
+    chosen = list(stages) if objective == "auto" else [objective]
+    found: dict[str, Alphas] = {}
+    total = sum(search.steps(one) for one in chosen) + (len(FLAT) + len(chosen)) * (objective == "auto")
+    complete = True
+    with progress_bar(total, "searching α", unit="trials", cancel=cancel, show=progress) as bar:
+        try:
+            for one in chosen:
+                found[one] = {}
+                stages[one](found[one], bar)
+            tried = search.decide(found, bar) if objective == "auto" else []
+        except Cancelled:
+            complete, tried = False, list(search.decided)
+    name, alphas = search.best(found, tried)
+    return FoundAlpha(
+        alphas=search.filled(alphas),
+        objective=name,
+        scheme=scheme.as_code(),
+        folds=folds,
+        model=lm.name,
+        tokens=hashlib.sha256(magnitudes.tokens.numpy().tobytes()).hexdigest(),
+        tried=tuple(sorted(tried, key=lambda one: one.divergence)),
+        complete=complete,
+    )
+
+
+class _Search:
+    """The searches over one model. Each fills a dictionary as it goes, so that what was found outlives a cancel."""
+
+    def __init__(self, lm: LM, magnitudes: "Magnitudes", scheme: Scheme, folds: Folds, cancel: CancelToken) -> None:
+        self.lm, self.magnitudes, self.scheme, self.folds, self.cancel = lm, magnitudes, scheme, folds, cancel
+        segments = magnitudes.tokens.view(-1, magnitudes.length)
+        if len(segments) < SEARCHED + HELD:
+            raise SqvizError(
+                f"a search needs {SEARCHED + HELD} segments of calibration, and the magnitudes hold {len(segments)}: "
+                f"sqviz.capture(lm, text, samples={SEARCHED + HELD})"
+            )
+        self.searched, self.held = segments[:SEARCHED], segments[-HELD:]
+        kinds = ("norm", "linear") if folds == "all" else ("norm",)
+        self.groups = [group for group in groups(lm) if group.fold_kind in kinds]
+        if not self.groups:
+            raise SqvizError(f"nothing in {lm.name} can be folded with folds={folds!r}, so there is no α to search.")
+        self.rows: Rows = sample_rows(lm, segments[: max(SEARCHED, 4)])
+        self.decided: list[Tried] = []
+        self._flat: dict[str, Alphas] = {}
+        self._known: dict[bytes, Float[Tensor, "token vocabulary"]] = {}
+
+    def steps(self, objective: str) -> int:
+        """How many trials a search makes."""
+        kinds = len({group.kind for group in self.groups})
+        return {"layer": len(self.groups), "block": len(self.groups), "logits": 1 + kinds * len(GRID)}[objective]
+
+    # --- the three searches ---
+
+    def by_layer(self, found: Alphas, bar: Bar) -> None:
+        """Each group by the error of its own outputs."""
+        for group in self.groups:
+            errors = {alpha: self._layer_error(group, alpha) for alpha in GRID}
+            found[group.name] = min(errors, key=errors.__getitem__)
+            bar.step()
+
+    def _layer_error(self, group: Group, alpha: float | None) -> float:
+        model = self._smoothed({group.name: alpha}, only=[group])
+        q = self._quantised(model, [group])
+        rows, total = self.rows.of(group), 0.0
+        if experts(self.lm, group.consumers[-1]):
+            return self._blocks.error(q, group.block)  # fused experts show no output of their own
+        with torch.no_grad():
+            for name in group.consumers:
+                y = rows @ weight(self.lm, name).T
+                s = model.scales.get(name)
+                x = rows if s is None else rows * self._since(group).to(rows) / s.to(rows)
+                module = q.model.get_submodule(name)
+                bias = getattr(module, "bias", None)
+                made = module(x.to(self.lm.dtype)).to(y) - (0 if bias is None else bias)
+                size = y.square().sum(1).clamp(min=torch.finfo(y.dtype).tiny)
+                total += float(((made - y).square().sum(1) / size).mean())
+        return total
+
+    def by_block(self, found: Alphas, bar: Bar) -> None:
+        """The groups of each block in turns, by the error of the block's output."""
+        for index in sorted({group.block for group in self.groups}):
+            mine = [group for group in self.groups if group.block == index]
+            now: Alphas = dict.fromkeys((group.name for group in mine), None)
+            for group in mine:
+                errors = {}
+                for alpha in GRID:
+                    model = self._smoothed({**now, group.name: alpha}, only=mine)
+                    errors[alpha] = self._blocks.error(self._quantised(model, mine), index)
+                now[group.name] = min(errors, key=errors.__getitem__)
+                bar.step()
+            found.update(now)
+
+    def by_logits(self, found: Alphas, bar: Bar) -> None:
+        """One α for each kind of linear, the kinds in turns, by the divergence of the logits."""
+        kinds = list(dict.fromkeys(group.kind for group in self.groups))
+        now: dict[str, float | None] = dict.fromkeys(kinds, None)
+        least = self.divergence(self._spread(now), self.searched)
+        bar.step()
+        for kind in kinds:
+            for alpha in GRID:
+                if alpha is not None:
+                    value = self.divergence(self._spread({**now, kind: alpha}), self.searched)
+                    if value < least:
+                        least, now = value, {**now, kind: alpha}
+                        found.update(self._spread(now))
+                bar.step()
+        found.update(self._spread(now))
+
+    def decide(self, found: Mapping[str, Alphas], bar: Bar) -> list[Tried]:
+        """All candidates on the segments that no search has seen."""
+        for alpha in FLAT:
+            label = "none" if alpha is None else f"flat {alpha:g}"
+            self._flat[label] = dict.fromkeys((group.name for group in self.groups), alpha)
+        for name, alphas in {**found, **self._flat}.items():
+            self.decided.append(Tried(name, self.divergence(alphas, self.held)))
+            bar.step()
+        return list(self.decided)
+
+    def best(self, found: Mapping[str, Alphas], tried: list[Tried]) -> tuple[str, Alphas]:
+        """The name and the strengths of the best candidate; of a search that was cancelled, the last that has any."""
+        if tried:
+            name = min(tried, key=lambda one: one.divergence).name
+            return name, {**found, **self._flat}[name]
+        begun = [name for name, alphas in found.items() if alphas]
+        return (begun[-1], found[begun[-1]]) if begun else ("none", {})
+
+    def filled(self, alphas: Alphas) -> Alphas:
+        """α of every group of the model; None for those that were not reached or cannot be folded."""
+        return {group.name: alphas.get(group.name) for group in groups(self.lm)}
+
+    # --- trying one ---
+
+    @functools.cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self.lm, self.searched)
+
+    def divergence(self, alphas: Alphas, segments: Int64[Tensor, "segment token"]) -> float:
+        """KL(p ‖ p̂) of the next token in nats, mean over every STRIDE-th token."""
+        q = self._quantised(self._smoothed(alphas), None)
+        total = 0.0
+        for segment in segments:
+            expected, got = self._expected(segment), self._next_token(q, segment)
+            total += float((expected.exp() * (expected - got)).sum(-1).mean())
+        return total / len(segments)
+
+    def _expected(self, segment: Int64[Tensor, " token"]) -> Float[Tensor, "token vocabulary"]:
+        """ln p of the model itself, computed once."""
+        key = segment.numpy().tobytes()
+        if key not in self._known:
+            self._known[key] = self._next_token(self.lm, segment)
+        return self._known[key]
+
+    def _next_token(self, lm: LM, segment: Int64[Tensor, " token"]) -> Float[Tensor, "token vocabulary"]:
+        with torch.no_grad():
+            logits = lm.model(segment[None].to(lm.device), use_cache=False).logits[0, STRIDE - 1 :: STRIDE]
+            return logits.float().log_softmax(-1)
+
+    def _smoothed(self, alphas: Alphas, only: list[Group] | None = None) -> LM:
+        chosen = {group.name for group in (self.groups if only is None else only)}
+
+        def alpha(group: Group) -> float | None:
+            return alphas.get(group.name) if group.name in chosen else None
+
+        if all(alphas.get(name) is None for name in chosen):
+            return self.lm
+        return smooth(self.lm, self.magnitudes, alpha, folds=self.folds, check=False)
+
+    def _quantised(self, model: LM, only: list[Group] | None) -> LM:
+        since = {
+            group.name: model.scales[group.name] / self._since(group)
+            for group in self.groups
+            if group.name in model.scales
+        }
+        rows = self.rows.divided(since)
+        calibration = Calibration(model, self.scheme, self.magnitudes, self.cancel, rows)
+        if only is None:
+            return quantize_calibrated(calibration)
+        blocks = {group.block for group in only}
+        skip = [name for group in groups(self.lm) if group.block not in blocks for name in group.consumers]
+        return quantize_calibrated(calibration, skip=skip)
+
+    def _since(self, group: Group) -> Tensor:
+        """The s that the model at hand carried before the search."""
+        return self.lm.scales.get(group.name, torch.ones(()))
+
+    def _spread(self, by_kind: Mapping[str, float | None]) -> Alphas:
+        return {group.name: by_kind[group.kind] for group in self.groups}

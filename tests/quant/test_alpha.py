@@ -1,0 +1,217 @@
+"""The search for α: each objective against trying everything by hand, and what a cancel leaves."""
+
+import itertools
+
+import pytest
+import torch
+
+import sqviz
+from sqviz.errors import SqvizError
+from sqviz.models.linears import groups
+from sqviz.models.tiny import tiny
+from sqviz.observe.hooks import activations
+from sqviz.quant import alpha as search
+from sqviz.quant.alpha import GRID, HELD, SEARCHED, search_alpha
+from sqviz.quant.block import Blocks
+from sqviz.quant.clipping import LeastError
+from sqviz.quant.found_alpha import LITERATURE, FoundAlpha
+
+TOKENS = torch.randint(3, 131, (8 * 40,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny("LlamaForCausalLM")
+
+
+@pytest.fixture(scope="module")
+def m(lm):
+    return sqviz.capture(lm, TOKENS, length=40, progress=False)
+
+
+def divergence(lm, q, segments):
+    """KL by the definition, token by token."""
+    total, count = 0.0, 0
+    for segment in segments:
+        with torch.no_grad():
+            p = lm.model(segment[None]).logits[0].double().softmax(-1)
+            q_ = q.model(segment[None]).logits[0].double().softmax(-1)
+        for t in range(search.STRIDE - 1, len(segment), search.STRIDE):
+            total += float((p[t] * (p[t] / q_[t]).log()).sum())
+            count += 1
+    return total / count
+
+
+def test_logits_are_searched_by_kind_in_turns(lm, m):
+    scheme = sqviz.SMOOTHQUANT_O1
+    found = search_alpha(lm, m, scheme, "logits", progress=False)
+    segments = TOKENS.view(-1, 40)[:SEARCHED]
+    now = dict.fromkeys(dict.fromkeys(group.kind for group in groups(lm)), None)
+
+    def value(by_kind):
+        smoothed = lm
+        if any(v is not None for v in by_kind.values()):
+            smoothed = sqviz.smooth(lm, m, lambda group: by_kind[group.kind], folds="all")
+        return divergence(lm, sqviz.quantize(smoothed, scheme), segments)
+
+    least = value(now)
+    for kind in now:
+        for alpha in GRID[1:]:
+            tried = value({**now, kind: alpha})
+            if tried < least * (1 - 1e-5):
+                least, now = tried, {**now, kind: alpha}
+    assert found.alphas == {group.name: now[group.kind] for group in groups(lm)}
+    assert found.complete
+    assert found.objective == "logits"
+
+
+def test_layers_are_searched_by_the_error_of_their_own_output(lm, m):
+    scheme = sqviz.SMOOTHQUANT_LLAMA
+    found = search_alpha(lm, m, scheme, "layer", progress=False)
+    rows = search.sample_rows(lm, TOKENS.view(-1, 40)[:4])
+    for group in groups(lm)[:4]:
+        errors = {}
+        for alpha in GRID:
+            smoothed = lm if alpha is None else sqviz.smooth(lm, m, {group.name: alpha}, folds="all")
+            q = sqviz.quantize(smoothed, scheme)
+            x = rows.of(group)
+            s = smoothed.scales.get(group.name, torch.ones(x.shape[1]))
+            errors[alpha] = 0.0
+            for name in group.consumers:
+                y = x @ lm.model.get_submodule(name).weight.detach().T
+                new = q.model.get_submodule(name)
+                errors[alpha] += float(((new(x / s).detach() - y).square().sum(1) / y.square().sum(1)).mean())
+        assert errors[found.alphas[group.name]] <= min(errors.values()) * 1.0001
+
+
+def test_blocks_are_searched_by_what_they_add(lm, m):
+    scheme = sqviz.SMOOTHQUANT_O2
+    found = search_alpha(lm, m, scheme, "block", progress=False)
+    segments = TOKENS.view(-1, 40)[:SEARCHED]
+    mine = [group for group in groups(lm) if group.block == 1]
+    elsewhere = [name for group in groups(lm) if group.block != 1 for name in group.consumers]
+    now = {group.name: None for group in mine}
+    for group in mine:
+        errors = {}
+        for alpha in GRID:
+            trial = {**now, group.name: alpha}
+            smoothed = lm
+            if any(v is not None for v in trial.values()):
+                smoothed = sqviz.smooth(lm, m, trial, folds="all", check=False)
+            q = sqviz.quantize(smoothed, scheme, skip=elsewhere)
+            errors[alpha] = Blocks(lm, segments).error(q, 1)
+        now[group.name] = min(errors, key=errors.__getitem__)
+    assert {name: found.alphas[name] for name in now} == now
+
+
+def test_the_error_of_a_block_is_that_of_what_it_adds(lm, m):
+    segments = TOKENS.view(-1, 40)[:2]
+    q = sqviz.quantize(lm, sqviz.W8A8, skip=[name for g in groups(lm) if g.block for name in g.consumers])
+    states = [one.model(segments[:1], output_hidden_states=True).hidden_states for one in (lm, q)]
+    x, y, new = states[0][0], states[0][1], states[1][1]
+    expected = ((new - y).square().sum(-1) / (y - x).square().sum(-1)).mean()
+    assert Blocks(lm, segments[:1]).error(q, 0) == pytest.approx(float(expected), rel=1e-4)
+    assert Blocks(lm, segments).error(lm, 1) == 0
+
+
+def test_auto_keeps_what_is_best_on_text_that_no_search_has_seen(lm, m):
+    scheme = sqviz.SMOOTHQUANT_O3
+    found = search_alpha(lm, m, scheme, progress=False)
+    assert [one.divergence for one in found.tried] == sorted(one.divergence for one in found.tried)
+    assert {one.name for one in found.tried} == {"layer", "block", "logits", "none", "flat 0.5", "flat 0.85"}
+    assert found.objective == found.tried[0].name
+    smoothed = lm
+    if any(value is not None for value in found.alphas.values()):
+        smoothed = sqviz.smooth(lm, m, found, folds="all")
+    held = TOKENS.view(-1, 40)[-HELD:]
+    assert divergence(lm, sqviz.quantize(smoothed, scheme, m), held) == pytest.approx(
+        found.tried[0].divergence, rel=1e-3
+    )
+    flat = divergence(lm, sqviz.quantize(sqviz.smooth(lm, m, 0.5, folds="all"), scheme, m), held)
+    assert flat == pytest.approx(next(t.divergence for t in found.tried if t.name == "flat 0.5"), rel=1e-3)
+    auto = sqviz.smooth(lm, m, "auto", scheme=scheme, folds="all")
+    assert {name: s.tolist() for name, s in auto.scales.items()} == {
+        name: s.tolist() for name, s in smoothed.scales.items()
+    }
+
+
+def test_kept_sinks_stand_before_a_block_that_runs_by_itself(lm):
+    kept = sqviz.keep_sinks(lm, [7, 9])
+    segments = TOKENS.view(-1, 40)[:2]
+    blocks = Blocks(kept, segments)
+    assert [blocks.error(kept, index) for index in (0, 1)] == [0, 0]
+    q = sqviz.quantize(kept, sqviz.W8A8, skip=[name for g in groups(lm) if g.block for name in g.consumers])
+    states = [one.model(segments[:1], output_hidden_states=True).hidden_states for one in (kept, q)]
+    x, y, new = states[0][0], states[0][1], states[1][1]
+    expected = ((new - y).square().sum(-1) / (y - x).square().sum(-1)).mean()
+    assert Blocks(kept, segments[:1]).error(q, 0) == pytest.approx(float(expected), rel=1e-4)
+    m = sqviz.capture(kept, TOKENS, length=40, progress=False)
+    assert search_alpha(kept, m, sqviz.SMOOTHQUANT_O1, "block", progress=False).complete
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "OPTForCausalLM", "Gemma2ForCausalLM", "Olmo2ForCausalLM"])
+def test_other_architectures_and_clipped_schemes(name):
+    lm = tiny(name)
+    m = sqviz.capture(lm, TOKENS, length=40, progress=False)
+    scheme = sqviz.SMOOTHQUANT_O3.replace(weight_clip=LeastError(), clip=LeastError())
+    for objective in ("layer", "block", "logits"):
+        found = search_alpha(lm, m, scheme, objective, progress=False)
+        assert found.alphas.keys() == {group.name for group in groups(lm)}
+        assert any(value is not None for value in found.alphas.values())
+        assert all(found.alphas[group.name] is None for group in groups(lm) if group.fold is None)
+        sqviz.quantize(sqviz.smooth(lm, m, found, folds="all"), scheme, m)
+
+
+def test_a_model_smoothed_already_is_searched_further(lm, m):
+    smooth = sqviz.smooth(lm, m, 0.3, folds="all")
+    found = search_alpha(smooth, m, sqviz.SMOOTHQUANT_LLAMA, "layer", progress=False)
+    x = activations(smooth, TOKENS[:40], [groups(lm)[0].name])[groups(lm)[0].name]
+    assert x.isfinite().all()
+    assert found.alphas.keys() == {group.name for group in groups(lm)}
+
+
+def test_a_cancelled_search_returns_the_best_so_far(lm, m):
+    cancel = sqviz.CancelToken()
+    steps = itertools.count()
+
+    def step(self, count=1):
+        if self.what == "searching α" and next(steps) == 3:
+            cancel.cancel()
+        self.cancel.check(self.what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqviz.progress.Bar.step", step)
+        found = search_alpha(lm, m, sqviz.SMOOTHQUANT_O1, "layer", cancel=cancel, progress=False)
+    assert not found.complete
+    assert found.objective == "layer"
+    whole = search_alpha(lm, m, sqviz.SMOOTHQUANT_O1, "layer", progress=False)
+    first = [group.name for group in groups(lm)][:4]
+    assert {name: found.alphas[name] for name in first} == {name: whole.alphas[name] for name in first}
+    assert all(found.alphas[group.name] is None for group in groups(lm)[4:])
+
+
+def test_found_strengths_are_kept_and_reapplied(lm, m, tmp_path):
+    found = search_alpha(lm, m, sqviz.SMOOTHQUANT_O1, "layer", progress=False)
+    found.save(tmp_path / "alpha.json")
+    again = FoundAlpha.load(tmp_path / "alpha.json")
+    assert again == found
+    one, two = (sqviz.smooth(lm, m, a, folds="all") for a in (found, again))
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+    with pytest.raises(SqvizError, match="Search anew"):
+        sqviz.smooth(tiny("OPTForCausalLM"), sqviz.capture(tiny("OPTForCausalLM"), TOKENS, length=40), again)
+    (tmp_path / "other.json").write_text('{"some": "thing"}')
+    with pytest.raises(SqvizError, match="no strengths"):
+        FoundAlpha.load(tmp_path / "other.json")
+
+
+def test_what_cannot_be_searched_is_said(lm, m):
+    with pytest.raises(SqvizError, match="scheme="):
+        sqviz.smooth(lm, m, "auto")
+    with pytest.raises(SqvizError, match="objective"):
+        search_alpha(lm, m, sqviz.W8A8, "perplexity")
+    short = sqviz.capture(lm, TOKENS[:80], length=40, progress=False)
+    with pytest.raises(SqvizError, match="6 segments"):
+        search_alpha(lm, short, sqviz.W8A8)
+    with pytest.raises(SqvizError, match="folds"):
+        search_alpha(tiny("Olmo2ForCausalLM"), m, sqviz.W8A8, folds="norm")
+    assert set(LITERATURE) <= {"opt", "bloom", "glm", "llama", "mistral", "mixtral", "falcon"}
