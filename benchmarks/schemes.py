@@ -1,6 +1,6 @@
 """Thesis Table 3.3 on the embedded model, and what each relaxation of O1, O2, O3 and of the Llama recipe buys.
 
-    python -m benchmarks.schemes [--samples 512] [--segments 16] [--searched]
+    python -m benchmarks.schemes [--samples 512] [--segments 16] [--searched] [--latency]
 
 Scored is one segment of 512 tokens out of each of 16 documents, spread over the embedded addresses; calibration and
 searches read other documents. Rows are kept in benchmarks/results/schemes, so a run that was stopped goes on where it
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--searched", action="store_true", help="also the rows that search α, a quarter of an hour each"
     )
+    parser.add_argument("--latency", action="store_true", help="also time the executed models: on an idle machine")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -67,6 +68,7 @@ def main() -> None:
         text=held,
         calibration=documents,
         samples=given.samples,
+        latency=given.latency,
         folder=RESULTS / "schemes",
         on_row=shown,
         progress=False,

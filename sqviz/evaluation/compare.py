@@ -5,9 +5,10 @@
     sqviz.compare(lm, [sqviz.W8A8, sqviz.LLM_INT8], ["perplexity", {"hellaswag": "val.jsonl"}], limit=200)
 
 A finished row is written to disk at once, under a hash of everything that it depends on: the weights, the method, the
-calibration tokens, what was asked. A comparison that was cancelled or crashed goes on where it was when it is called
-again, and the same row of another table is not computed twice. Metrics are those of the simulated model. Where a method
-can be executed in integers, latency is measured on that, in turns with the model itself.
+calibration tokens, what was asked; so are captures of the calibration. A comparison that was cancelled or crashed goes
+on where it was when it is called again, and the same row of another table is not computed twice. Metrics are those of
+the simulated model. Where a method can be executed in integers, latency is measured on that, in turns with the model
+itself, and added to the row.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -34,17 +35,15 @@ from sqviz.evaluation.result import Evaluation
 from sqviz.models.linears import groups, weight
 from sqviz.models.lm import LM
 from sqviz.observe.capture import capture
+from sqviz.observe.magnitudes import Magnitudes
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant.execute import check_executable
-from sqviz.quant.kept_sinks import keep_sinks
+from sqviz.quant.kept_sinks import keep_sinks, sinks_of
 from sqviz.quant.linear import is_router, matching
 from sqviz.quant.methods import LENGTH, SAMPLES, Method, table_3_2
 from sqviz.quant.schemes import Scheme
 from sqviz.tensorfile import write_bytes
-
-if TYPE_CHECKING:
-    from sqviz.observe.magnitudes import Magnitudes
 
 FORMAT = "sqviz.compare/1"
 PROMPT = 128
@@ -99,19 +98,21 @@ def compare(
     settings = Settings(text, length, limit, 1)
     asked = [(job.name, job.content) for job in jobs(lm, tasks, settings)]
     with progress_bar(len(rows), "comparing", unit="methods", cancel=cancel, show=progress) as bar:
-        runner = _Runner(lm, calibration, samples, length, bar.cancel)
+        runner = _Runner(lm, calibration, samples, length, place, bar.cancel)
         table = MethodTable(lm.name, (), complete=False)
         try:
             for method in rows:
-                path = place / f"{runner.key(method, asked, latency)}.json"
+                path = place / f"{runner.key(method, asked)}.json"
                 row = _read(path)
                 if row is None:
                     score = functools.partial(
                         evaluate, tasks=tasks, text=text, length=length, limit=limit, progress=False, cancel=bar.cancel
                     )
-                    row = runner.row(method, score, latency)
-                    if not row.error:
-                        write_bytes(json.dumps({"format": FORMAT, **row.plain()}).encode(), path)
+                    row = runner.row(method, score)
+                    _write(row, path)
+                if latency and row.milliseconds is None and not row.error:
+                    row = runner.timed(method, row)
+                    _write(row, path)
                 table = dataclasses.replace(table, rows=(*table.rows, row))
                 for told in (shown, on_row):
                     if told is not None:
@@ -124,40 +125,64 @@ def compare(
 
 
 class _Runner:
-    """Makes rows; captures of one model are made once."""
+    """Makes rows; captures of one model are made once and kept in `folder`."""
 
-    def __init__(self, lm: LM, calibration: Text | None, samples: int, length: int, cancel: CancelToken) -> None:
-        self.lm, self.cancel = lm, cancel
+    def __init__(
+        self, lm: LM, calibration: Text | None, samples: int, length: int, folder: Path, cancel: CancelToken
+    ) -> None:
+        self.lm, self.folder, self.cancel = lm, folder, cancel
         self.calibration = _second_half() if calibration is None else calibration
         self.samples, self.length = samples, length
         self._captured: dict[int, tuple[LM, Magnitudes]] = {}
         self._kept: LM | None = None
 
-    def key(self, method: Method, asked: list[tuple[str, str]], latency: bool) -> str:
-        """A hash of everything that the row depends on."""
-        parts = [self._weights, self._tokens, method.key(), asked, latency, __version__, torch.__version__]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    def key(self, method: Method, asked: list[tuple[str, str]]) -> str:
+        """A hash of everything that the row's scores depend on."""
+        return _hash([self._weights, self._tokens, method.key(), asked, __version__, torch.__version__])
 
-    def row(self, method: Method, score: Callable[[LM], Evaluation], latency: bool) -> MethodRow:
-        """One row; its `error` says why the model cannot have this method."""
+    def row(self, method: Method, score: Callable[[LM], Evaluation]) -> MethodRow:
+        """One row without its latency; its `error` says why the model cannot have this method."""
         size = method_bytes(self.lm, method)
         try:
-            made = method.apply(self.lm, self.captured, keep=self.kept)
-            found = score(made)
-            milliseconds = self._latency(method) if latency else None
+            found = score(method.apply(self.lm, self.captured, keep=self.kept))
         except SqvizError as error:
             return MethodRow(method.name, method.describe(), None, size, None, None, error=str(error))
-        own, other = milliseconds if milliseconds else (None, None)
-        return MethodRow(method.name, method.describe(), found, size, own, other)
+        return MethodRow(method.name, method.describe(), found, size, None, None)
 
-    def captured(self, lm: LM) -> "Magnitudes":
-        """The capture of a model; of the last few it is kept."""
+    def timed(self, method: Method, row: MethodRow) -> MethodRow:
+        """The row with milliseconds of the executed model and, in the same run, of the model itself, if it can run."""
+        if method.scheme is None:
+            return row
+        try:
+            check_executable(method.scheme)
+        except SqvizError:
+            return row
+        executed = method.apply(self.lm, self.captured, backend="auto", keep=self.kept)
+        ids = torch.cat(self._segments)[:PROMPT]
+        models = {"itself": self.lm, "executed": executed}
+        cost = model_cost(models, ids, length=len(ids), cancel=self.cancel, progress=False)
+        return dataclasses.replace(row, milliseconds=cost.rows[1].context, itself=cost.rows[0].context)
+
+    def captured(self, lm: LM) -> Magnitudes:
+        """The capture of a model; those of the last two are at hand, all are on disk."""
         if id(lm) not in self._captured:
-            found = capture(
-                lm, self.calibration, samples=self.samples, length=self.length, cancel=self.cancel, progress=False
-            )
-            self._captured = dict(list(self._captured.items())[:1]) | {id(lm): (lm, found)}
+            self._captured = dict(list(self._captured.items())[-1:]) | {id(lm): (lm, self._capture(lm))}
         return self._captured[id(lm)][1]
+
+    def _capture(self, lm: LM) -> Magnitudes:
+        kept = sinks_of(lm)
+        parts = [_weights(lm), None if kept is None else kept.tolist(), self._tokens, __version__]
+        path = self.folder / f"{_hash(parts)}.safetensors"
+        if path.exists():
+            try:
+                return Magnitudes.load(path)
+            except SqvizError:  # what a full disk left; it is written again
+                pass
+        found = capture(
+            lm, self.calibration, samples=self.samples, length=self.length, cancel=self.cancel, progress=False
+        )
+        found.save(path)
+        return found
 
     def kept(self, lm: LM) -> LM:
         """The model with kept sinks, chosen once."""
@@ -165,28 +190,9 @@ class _Runner:
             self._kept = keep_sinks(lm, text=self.calibration)
         return self._kept
 
-    def _latency(self, method: Method) -> tuple[float, float] | None:
-        """Milliseconds of the executed model, and of the model itself in the same run; None if it is not executable."""
-        if method.scheme is None:
-            return None
-        try:
-            check_executable(method.scheme)
-        except SqvizError:
-            return None
-        executed = method.apply(self.lm, self.captured, backend="auto", keep=self.kept)
-        ids = torch.cat(self._segments)[:PROMPT]
-        models = {"itself": self.lm, "executed": executed}
-        cost = model_cost(models, ids, length=len(ids), cancel=self.cancel, progress=False)
-        return cost.rows[1].context, cost.rows[0].context
-
     @functools.cached_property
     def _weights(self) -> str:
-        found = hashlib.sha256()
-        for name, tensor in sorted(self.lm.model.state_dict().items()):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            found.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-        return found.hexdigest()
+        return _weights(self.lm)
 
     @functools.cached_property
     def _tokens(self) -> str:
@@ -198,6 +204,20 @@ class _Runner:
     @functools.cached_property
     def _segments(self) -> list[Int64[Tensor, " token"]]:
         return list(as_segments(self.lm, self.calibration, self.samples, self.length))
+
+
+def _weights(lm: LM) -> str:
+    """A hash of all weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(lm.model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return found.hexdigest()
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def method_bytes(lm: LM, method: Method) -> int:
@@ -243,6 +263,11 @@ def _read(path: Path) -> MethodRow | None:
         return MethodRow.read(held) if held.get("format") == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _write(row: MethodRow, path: Path) -> None:
+    if not row.error:
+        write_bytes(json.dumps({"format": FORMAT, **row.plain()}).encode(), path)
 
 
 def _second_half() -> Text:

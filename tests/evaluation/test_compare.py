@@ -110,7 +110,7 @@ def test_a_crash_keeps_the_rows_before_it(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "evaluate", crash)
     with pytest.raises(RuntimeError):
         run(lm, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.json"))) == 2
     table = run(lm, tmp_path)
     assert table.complete
     assert len(calls) == 5  # two rows were there already
