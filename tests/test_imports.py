@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sqviz"
 # top to bottom; modules of one line may import one another
 ORDER = [
-    ("errors", "progress", "memory", "tensorfile"),
+    ("errors", "progress", "memory", "tensorfile", "shown"),
     ("models",),
     ("corpus",),
     ("observe",),

@@ -5,8 +5,8 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqviz.evaluation.shown import Shown
 from sqviz.quant.schemes import Scheme
+from sqviz.shown import Shown
 
 if TYPE_CHECKING:
     import pandas

@@ -9,7 +9,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sqviz.errors import SqvizError
-from sqviz.evaluation.shown import Shown
 from sqviz.quant.granularity import Granularity, Kind
 from sqviz.quant.schemes import (
     SMOOTHQUANT_LLAMA,
@@ -17,6 +16,7 @@ from sqviz.quant.schemes import (
     SMOOTHQUANT_O2,
     Scheme,
 )
+from sqviz.shown import Shown
 
 if TYPE_CHECKING:
     import numpy as np

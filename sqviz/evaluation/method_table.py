@@ -9,8 +9,8 @@ from sqviz.errors import SqvizError
 from sqviz.evaluation.comparison import change_shown
 from sqviz.evaluation.result import Evaluation
 from sqviz.evaluation.scores import metric
-from sqviz.evaluation.shown import Shown
 from sqviz.progress import in_notebook
+from sqviz.shown import Shown
 
 if TYPE_CHECKING:
     import pandas

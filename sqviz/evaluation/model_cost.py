@@ -21,11 +21,11 @@ from torch import Tensor
 from sqviz.corpus.segments import Text, as_tokens
 from sqviz.corpus.source import text as source
 from sqviz.errors import SqvizError, TextTooShort
-from sqviz.evaluation.shown import Shown
 from sqviz.models.lm import LM
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant.int8_attention import uses
+from sqviz.shown import Shown
 from sqviz.streaming.feed import last_logits_only
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sqviz.corpus.segments import Text, as_tokens
 from sqviz.errors import Cancelled, SqvizError, TooLarge
-from sqviz.evaluation.shown import Shown
 from sqviz.models.lm import LM
 from sqviz.progress import CancelToken, in_notebook
+from sqviz.shown import Shown
 from sqviz.streaming.feed import BLOCK
 from sqviz.streaming.perplexity import StreamPerplexity, streaming_perplexity
 from sqviz.streaming.policies import Dense, Policy, Recompute, Window, of_size

@@ -17,10 +17,10 @@ from torch import Tensor
 from sqviz.corpus.segments import Text, as_tokens
 from sqviz.errors import SqvizError, TextTooShort
 from sqviz.evaluation.policies import PolicyComparison, compare_policies, sink_counts, with_line_breaks
-from sqviz.evaluation.shown import Shown
 from sqviz.models.lm import LM
 from sqviz.observe.attention import AttentionMaps, attention_maps
 from sqviz.progress import CancelToken
+from sqviz.shown import Shown
 from sqviz.streaming.perplexity import StreamPerplexity, streaming_perplexity
 from sqviz.streaming.policies import Sinks, of_size
 

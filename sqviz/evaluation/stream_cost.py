@@ -20,11 +20,11 @@ from torch import Tensor
 
 from sqviz.corpus.segments import as_tokens
 from sqviz.errors import SqvizError, TextTooShort
-from sqviz.evaluation.shown import Shown
 from sqviz.memory import peak_memory
 from sqviz.models.lm import LM
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
+from sqviz.shown import Shown
 from sqviz.streaming.feed import Feed, last_logits_only
 from sqviz.streaming.policies import Sinks, of_size
 

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sqviz.errors import Cancelled, SqvizError
@@ -33,6 +32,7 @@ from sqviz.progress import Bar, CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant.block import Blocks
 from sqviz.quant.calibration import Calibration
+from sqviz.quant.divergence import Divergence
 from sqviz.quant.found_alpha import FoundAlpha, Tried
 from sqviz.quant.linear import quantize_calibrated
 from sqviz.quant.plain import check_floating
@@ -54,9 +54,6 @@ FLAT = (None, 0.5, 0.85)
 
 SEARCHED, HELD = 2, 4
 """Segments of the calibration that are searched on, and that decide."""
-
-STRIDE = 4
-"""Of the tokens of a segment every so manyth is asked for the next one: less to compute and to hold."""
 
 Alphas = dict[str, float | None]
 """α by the name of a group's first linear."""
@@ -128,7 +125,8 @@ class _Search:
                 f"a search needs {SEARCHED + HELD} segments of calibration, and the magnitudes hold {len(segments)}: "
                 f"sqviz.capture(lm, text, samples={SEARCHED + HELD})"
             )
-        self.searched, self.held = segments[:SEARCHED], segments[-HELD:]
+        self.segments = segments[:SEARCHED]
+        self.searched, self.held = Divergence(lm, self.segments), Divergence(lm, segments[-HELD:])
         kinds = ("norm", "linear") if folds == "all" else ("norm",)
         self.groups = [group for group in groups(lm) if group.fold_kind in kinds]
         if not self.groups:
@@ -136,7 +134,6 @@ class _Search:
         self.rows: Rows = sample_rows(lm, segments[: max(SEARCHED, 4)])
         self.decided: list[Tried] = []
         self._flat: dict[str, Alphas] = {}
-        self._known: dict[bytes, Float[Tensor, "token vocabulary"]] = {}
 
     def steps(self, objective: str) -> int:
         """How many trials a search makes."""
@@ -226,28 +223,11 @@ class _Search:
 
     @functools.cached_property
     def _blocks(self) -> Blocks:
-        return Blocks(self.lm, self.searched)
+        return Blocks(self.lm, self.segments)
 
-    def divergence(self, alphas: Alphas, segments: Int64[Tensor, "segment token"]) -> float:
-        """KL(p ‖ p̂) of the next token in nats, mean over every STRIDE-th token."""
-        q = self._quantised(self._smoothed(alphas), None)
-        total = 0.0
-        for segment in segments:
-            expected, got = self._expected(segment), self._next_token(q, segment)
-            total += float((expected.exp() * (expected - got)).sum(-1).mean())
-        return total / len(segments)
-
-    def _expected(self, segment: Int64[Tensor, " token"]) -> Float[Tensor, "token vocabulary"]:
-        """ln p of the model itself, computed once."""
-        key = segment.numpy().tobytes()
-        if key not in self._known:
-            self._known[key] = self._next_token(self.lm, segment)
-        return self._known[key]
-
-    def _next_token(self, lm: LM, segment: Int64[Tensor, " token"]) -> Float[Tensor, "token vocabulary"]:
-        with torch.no_grad():
-            logits = lm.model(segment[None].to(lm.device), use_cache=False).logits[0, STRIDE - 1 :: STRIDE]
-            return logits.float().log_softmax(-1)
+    def divergence(self, alphas: Alphas, against: Divergence) -> float:
+        """KL(p ‖ p̂) of the model smoothed and quantised so."""
+        return against(self._quantised(self._smoothed(alphas), None))
 
     def _smoothed(self, alphas: Alphas, only: list[Group] | None = None) -> LM:
         chosen = {group.name for group in (self.groups if only is None else only)}

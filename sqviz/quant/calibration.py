@@ -52,10 +52,11 @@ class Calibration:
         if not self.scheme.needs_calibration:
             return
         if self.magnitudes is None:
-            what = "static" if self.scheme.static else "one whose weights are clipped by the error of the output"
+            what = "static" if self.scheme.static else "one whose ranges are clipped"
             raise SqvizError(
                 f"{self.scheme!r} is {what}: its steps come from calibration. Give the magnitudes: "
-                "m = sqviz.capture(lm, text); sqviz.quantize(lm, scheme, m). Or use static=False, weight_clip=None."
+                "m = sqviz.capture(lm, text); sqviz.quantize(lm, scheme, m). Or use static=False, clip=None, "
+                "weight_clip=None."
             )
 
     def grids(self, name: str) -> list[Grid | None]:
@@ -68,6 +69,12 @@ class Calibration:
         most = self._clipped(name)
         top = 2 ** (self.scheme.bits - 1) - 1
         return [(torch.full((1, 1), one / top, device=self.lm.device), None) for one in most]
+
+    def ceilings(self, name: str) -> list[float | None]:
+        """The largest magnitude that dynamic steps of a linear's input reach: one, or one per fused expert."""
+        if self.scheme.static or self.scheme.clip is None:
+            return [None]
+        return list(self._clipped(name))
 
     def weight_clip(
         self, name: str, matrix: Float[Tensor, "out channel"], expert: int | None = None

@@ -1,14 +1,15 @@
 """Where a range is cut off so that what remains is rounded more finely, as values for `Scheme`.
 
     value                for                       the largest magnitude that a step still represents
-    ClipTokens(0.02)     static activations        what 98 % of the calibration tokens stay below (the thesis clips the
+    ClipTokens(0.02)     activations               what 98 % of the calibration tokens stay below (the thesis clips the
                                                    top 2 % of tokens for GLM-130B, §3.4.2)
-    ClipValues(0.999)    static activations        what 99.9 % of all calibrated values stay below
-    LeastError()         static activations,       the share of the maximum with the least error of the linear's output
+    ClipValues(0.999)    activations               what 99.9 % of all calibrated values stay below
+    LeastError()         activations,              the share of the maximum with the least error of the linear's output
                          weights                   (Outlier Suppression's token-wise clipping, its coarse stage)
 
-What lies beyond saturates. `LeastError` takes, over some calibration tokens t (rows.py: the largest of each segment
-are among them) and shares c of a grid, the c with the least
+What lies beyond saturates. A dynamic step is clipped to the same magnitude: Δ = min(max|X|, clip) / 127. `LeastError`
+takes, over some calibration tokens t (rows.py: the largest of each segment are among them) and shares c of a grid, the
+c with the least
 
     mean_t ‖ŷ_t(c) − y_t‖² / ‖y_t‖²,      y = x Wᵀ
 

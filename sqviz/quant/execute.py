@@ -51,6 +51,8 @@ def check_executable(scheme: Scheme) -> None:
         troubles.append("symmetric=False: products of codes with zero points are not executed")
     if scheme.outliers is not None:
         troubles.append(f"outliers={scheme.outliers}: channels kept in floating point are not executed")
+    if scheme.clip is not None and not scheme.static:
+        troubles.append(f"clip={scheme.clip!r} with static=False: kernels take a dynamic step up to the largest value")
     if scheme.bits != 8:
         troubles.append(f"bits={scheme.bits}: activations are executed in 8 bits")
     if troubles:

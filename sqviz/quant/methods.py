@@ -12,7 +12,7 @@ from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
 from sqviz.quant.clipping import ClipTokens, ClipValues, LeastError
 from sqviz.quant.found_alpha import FoundAlpha
-from sqviz.quant.granularity import PerChannel
+from sqviz.quant.granularity import PerChannel, PerTensor
 from sqviz.quant.kept_sinks import keep_sinks
 from sqviz.quant.linear import quantize
 from sqviz.quant.non_scaling_norm import non_scaling_norms
@@ -154,7 +154,7 @@ def frontier(scheme: Scheme, alpha: float = 0.5) -> tuple[Method, ...]:
 
     The first row is the thesis's; each of the others adds to the one before, the last two leave Table 3.2.
     """
-    clipped = scheme.replace(weight_clip=LeastError(), clip=LeastError() if scheme.static else None)
+    clipped = scheme.replace(weight_clip=LeastError(), clip=_clip(scheme))
     name = scheme.name or scheme.describe()
     rows = (
         Method(name, scheme, alpha),
@@ -165,3 +165,7 @@ def frontier(scheme: Scheme, alpha: float = 0.5) -> tuple[Method, ...]:
     )
     finer = clipped.replace(weight=PerChannel())
     return (*rows, Method(f"{name}, clipped, kept sinks, per-channel weights", finer, alpha, kept_sinks=True))
+
+
+def _clip(scheme: Scheme) -> LeastError | None:
+    return LeastError() if isinstance(scheme.activation, PerTensor) else None

@@ -28,8 +28,9 @@ class Scheme:
         bits: bits of the activations, and of the weights unless `weight_bits` says otherwise; 2 to 8.
         weight_bits: bits of the weights, 2 to 8; None: the same as `bits`.
         symmetric: around 0 (thesis equation 3.1), or with a zero point, for weights and activations alike.
-        clip: where static per-tensor steps of activations are cut off: ClipTokens(share), ClipValues(quantile) or
-            LeastError(); None: they reach as far as calibration did.
+        clip: where per-tensor steps of activations are cut off: ClipTokens(share), ClipValues(quantile) or
+            LeastError(). None: static steps reach as far as calibration did, dynamic ones as far as each tensor does.
+            A dynamic step that is clipped still follows a tensor that stays below.
         weight_clip: LeastError() cuts the range of the weights off where the linear's output errs least; None: they
             are represented up to their maximum.
         outliers: input channels with a value of at least this magnitude, in any token, are multiplied in floating
@@ -78,11 +79,11 @@ class Scheme:
                     f"Scheme(clip={self.clip!r}): ClipTokens(share), ClipValues(quantile), LeastError() or None is "
                     "allowed."
                 )
-            if not self.static or not isinstance(self.activation, PerTensor) or not self.symmetric:
+            if not isinstance(self.activation, PerTensor) or not self.symmetric:
                 raise SqvizError(
                     f"Scheme(clip={self.clip!r}): one step for the whole tensor is cut off, from calibration: it needs "
-                    f"activation=PerTensor(), static=True and symmetric=True, not {self.activation!r}, "
-                    f"static={self.static}, symmetric={self.symmetric}. Or leave clip out."
+                    f"activation=PerTensor() and symmetric=True, not {self.activation!r}, symmetric={self.symmetric}. "
+                    "Or leave clip out."
                 )
         if self.weight_clip is not None:
             fits = isinstance(self.weight, PerTensor | PerChannel) and self.symmetric
@@ -108,7 +109,7 @@ class Scheme:
     @property
     def needs_calibration(self) -> bool:
         """Whether `quantize` has to be given magnitudes."""
-        return self.static or self.weight_clip is not None
+        return self.static or self.clip is not None or self.weight_clip is not None
 
     @property
     def bits_of_weights(self) -> int:

@@ -89,4 +89,6 @@ class Simulator:
         """One quantiser of the input of `name`, or one per expert where experts have smoothing factors of their own."""
         if self.scheme.activation is None:
             return [None]
-        return [InputQuantizer(self.scheme, name, grid) for grid in self.calibration.grids(name)]
+        if self.scheme.static:
+            return [InputQuantizer(self.scheme, name, grid) for grid in self.calibration.grids(name)]
+        return [InputQuantizer(self.scheme, name, ceiling=ceiling) for ceiling in self.calibration.ceilings(name)]

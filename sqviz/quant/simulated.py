@@ -19,16 +19,19 @@ from sqviz.quant.schemes import Scheme
 
 
 class InputQuantizer(nn.Module):
-    """Quantises the input of one linear: with the static `grid` (step, zero point) if given, else with its own."""
+    """Quantises the input of one linear: with the static `grid` (step, zero point) if given, else with its own.
+
+    A dynamic step reaches no further than `ceiling`.
+    """
 
     step: Tensor | None
     zero: Tensor | None
 
-    def __init__(self, scheme: Scheme, name: str, grid: Grid | None = None) -> None:
+    def __init__(self, scheme: Scheme, name: str, grid: Grid | None = None, ceiling: float | None = None) -> None:
         super().__init__()
         assert scheme.activation is not None
         self.granularity: Granularity = scheme.activation
-        self.bits, self.symmetric, self.name = scheme.bits, scheme.symmetric, name
+        self.bits, self.symmetric, self.name, self.ceiling = scheme.bits, scheme.symmetric, name, ceiling
         step, zero = (None, None) if grid is None else grid
         self.register_buffer("step", step, persistent=False)
         self.register_buffer("zero", zero, persistent=False)
@@ -42,13 +45,15 @@ class InputQuantizer(nn.Module):
             self.symmetric,
             self.step,
             zero=self.zero,
+            clip=self.ceiling,
             of="activation",
             name=f"the input of {self.name}",
         )
 
     def extra_repr(self) -> str:
         """For printing a model."""
-        return f"{self.granularity}, bits={self.bits}, {'dynamic' if self.step is None else 'static'}"
+        reach = "" if self.ceiling is None else f" up to {self.ceiling:.4g}"
+        return f"{self.granularity}, bits={self.bits}, {'dynamic' if self.step is None else 'static'}{reach}"
 
 
 class SimulatedLinear(Integer, nn.Module):

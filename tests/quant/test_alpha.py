@@ -14,6 +14,7 @@ from sqviz.quant import alpha as search
 from sqviz.quant.alpha import GRID, HELD, SEARCHED, search_alpha
 from sqviz.quant.block import Blocks
 from sqviz.quant.clipping import LeastError
+from sqviz.quant.divergence import STRIDE
 from sqviz.quant.found_alpha import LITERATURE, FoundAlpha
 
 TOKENS = torch.randint(3, 131, (8 * 40,), generator=torch.Generator().manual_seed(1))
@@ -36,7 +37,7 @@ def divergence(lm, q, segments):
         with torch.no_grad():
             p = lm.model(segment[None]).logits[0].double().softmax(-1)
             q_ = q.model(segment[None]).logits[0].double().softmax(-1)
-        for t in range(search.STRIDE - 1, len(segment), search.STRIDE):
+        for t in range(STRIDE - 1, len(segment), STRIDE):
             total += float((p[t] * (p[t] / q_[t]).log()).sum())
             count += 1
     return total / count

@@ -167,7 +167,7 @@ def test_weights_are_clipped_the_same_way_in_both_worlds(backend):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"clip": ClipTokens()}, "static"),
+        ({"clip": ClipTokens()}, "PerTensor"),
         ({"clip": LeastError(), "static": True, "activation": PerChannel()}, "PerTensor"),
         ({"clip": 0.02, "static": True, "activation": PerTensor()}, "ClipTokens"),
         ({"weight_clip": ClipTokens()}, "LeastError"),
@@ -192,9 +192,36 @@ def test_shares_and_quantiles_are_checked(share):
         ClipValues(0.98)
 
 
+@pytest.mark.parametrize("clip", [ClipTokens(0.1), LeastError()])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_a_dynamic_step_follows_the_tensor_up_to_the_clip(name, clip):
+    lm = tiny(name)
+    m = sqviz.capture(lm, TOKENS, length=80, progress=False)
+    scheme = sqviz.SMOOTHQUANT_O2.replace(clip=clip)
+    static = sqviz.quantize(lm, scheme.replace(static=True), m)
+    q = sqviz.quantize(lm, scheme, m)
+    plain = [group.name for group in groups(lm) if not any("experts" in one for one in group.consumers)]
+    for path in plain:
+        found, bound = (
+            q.model.get_submodule(path).quantizer,
+            127 * float(static.model.get_submodule(path).quantizer.step),
+        )
+        assert found.ceiling == pytest.approx(bound, rel=1e-5)
+        for size in (0.3, 1.0, 20.0):
+            x = size * bound * torch.linspace(-1, 1, 40).view(2, 20)
+            step = min(float(x.abs().max()), bound) / 127
+            expected = torch.clamp(torch.round(x / step), -127, 127) * step
+            assert float((found(x) - expected).abs().max()) <= 1.01 * step  # the same but for ties
+            assert float((found(x) - expected).abs().mean()) <= 0.05 * step
+    assert bool(q.model(TOKENS[None, :1]).logits.isfinite().all())
+    with pytest.raises(SqvizError, match="simulate"):
+        sqviz.quantize(lm, scheme, m, backend="auto")
+
+
 def test_without_magnitudes_the_error_says_what_to_do():
     lm = tiny("LlamaForCausalLM")
-    for scheme in (sqviz.SMOOTHQUANT_O3, sqviz.SMOOTHQUANT_O1.replace(weight_clip=LeastError())):
+    dynamic = sqviz.SMOOTHQUANT_O2.replace(clip=LeastError())
+    for scheme in (sqviz.SMOOTHQUANT_O3, sqviz.SMOOTHQUANT_O1.replace(weight_clip=LeastError()), dynamic):
         with pytest.raises(SqvizError, match=r"sqviz\.capture"):
             sqviz.quantize(lm, scheme)
 

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from sqviz.evaluation.shown import Shown
 from sqviz.evaluation.stream_cost import CostRow, StreamCost
+from sqviz.shown import Shown
 
 ROWS = tuple(CostRow(name, size, 2.0 * size, 10**9, 100 * size) for size in (64, 128) for name in ("sinks", "dense"))
 COST = StreamCost(ROWS, "a <model> & more", "cpu")
