@@ -37,6 +37,10 @@ class CancelToken:
         if self.cancelled:
             raise Cancelled(f"{what} was cancelled")
 
+    def told(self, what: str, done: int, total: int | None) -> None:
+        """Hear how far a task that holds this token is; each of its bars says so after every step. Nothing happens
+        here: a subclass shows it."""
+
 
 class Bar:
     """One running task: `step()` after each unit of it. Draws nothing itself; see `progress`."""
@@ -49,6 +53,7 @@ class Bar:
         """`count` more units are done. Raises `Cancelled` when a stop was asked for."""
         self.done += count
         self._draw(final=False)
+        self.cancel.told(self.what, self.done, self.total)
         self.cancel.check(self.what)
 
     def close(self) -> None:

@@ -56,5 +56,21 @@ def test_a_token_already_cancelled_stops_the_first_step() -> None:
     assert bar.done == 1
 
 
+def test_a_token_hears_how_far_its_bars_are() -> None:
+    class Listening(CancelToken):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard: list[tuple[str, int, int | None]] = []
+
+        def told(self, what: str, done: int, total: int | None) -> None:
+            self.heard.append((what, done, total))
+
+    token = Listening()
+    with progress(3, "work", cancel=token, show=False) as bar:
+        bar.step()
+        bar.step(2)
+    assert token.heard == [("work", 1, 3), ("work", 3, 3)]
+
+
 def test_pytest_is_no_notebook() -> None:
     assert not in_notebook()
