@@ -194,9 +194,17 @@ class Magnitudes:
         return {name: group for group in self.groups for name in group.consumers}
 
     def absmax(self, name: str) -> Float[Tensor, "*expert channel"]:
-        """Max |X| per channel of a linear's input; per expert too for the second linear of fused experts."""
+        """Max |X| per channel of a linear's input; per expert too for the second linear of fused experts.
+
+        An expert that calibration sent no token (`idle_experts`) has the maxima over all experts, so that it is
+        smoothed as they are. What it saw, zeros, stands in `inputs`.
+        """
         stats = self.inputs[self.group(name).name]
-        return stats.absmax if stats.expert_absmax is None else stats.expert_absmax
+        if stats.expert_absmax is None:
+            return stats.absmax
+        if stats.expert_tokens is None:
+            return stats.expert_absmax
+        return torch.where((stats.expert_tokens == 0)[:, None], stats.absmax, stats.expert_absmax)
 
     def fold_weight_absmax(self, name: str) -> Float[Tensor, "*expert channel"]:
         """Max |W| per channel over *all* linears that read this linear's input, shaped like `absmax`.
@@ -259,14 +267,20 @@ class Magnitudes:
         """Which tokens carry the outliers: text, position, how many inputs each leads, its largest value and where.
 
         One row per token that is among the TOP_TOKENS of any input; those that lead the most inputs come first. In most
-        models the first token of a text is one of them: the attention sink (thesis §4.2).
+        models the first token of a text is one of them: the attention sink (thesis §4.2), see `first_token_share`.
         """
         from sqviz.observe.summary import outlier_tokens
 
         return outlier_tokens(self)
 
+    @property
+    def first_token_share(self) -> float:
+        """Share of the inputs whose largest value lies at the first token of a segment; 0 for a capture of nothing."""
+        leads = [tops[0].position == 0 for group in self.groups if (tops := self.inputs[group.name].top)]
+        return sum(leads) / len(leads) if leads else 0.0
+
     def idle_experts(self) -> dict[str, list[int]]:
-        """Experts of a mixture that calibration sent no token, by linear: their steps come from all experts' inputs."""
+        """Experts of a mixture that calibration sent no token, by linear; s and steps of theirs are from all."""
         from sqviz.observe.summary import idle_experts
 
         return idle_experts(self)

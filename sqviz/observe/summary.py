@@ -35,6 +35,8 @@ def table(magnitudes: Magnitudes) -> str:
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(magnitudes, group))}</tr>" for group in chosen
     )
     rest = f"the {len(chosen)} of {len(magnitudes.groups)} inputs whose largest channel stands out most"
+    first = sum(stats.top[0].position == 0 for group in chosen if (stats := _stats(magnitudes, group)).top)
+    rest += f"; at a segment's first token in {first} of these and {magnitudes.first_token_share:.0%} of all"
     return f"<p>{escape(line(magnitudes))}</p><table><caption>{rest}</caption><tr>{head}</tr>{body}</table>"
 
 

@@ -115,7 +115,7 @@ def test_countare_told_apart(architecture: str) -> None:
     assert m.absmax(router).ndim == m.fold_weight_absmax(router).ndim == 1
 
 
-def test_an_expert_without_a_token_has_absmax_zero() -> None:
+def test_an_expert_without_a_token_saw_zeros_and_has_the_maxima_of_all() -> None:
     lm = tiny("MixtralForCausalLM", num_local_experts=24)
     m = capture(lm, stream(lm, 2), samples=1, length=2, progress=False)
     name = "model.layers.0.mlp.experts.down_proj"
@@ -123,8 +123,11 @@ def test_an_expert_without_a_token_has_absmax_zero() -> None:
     assert stats.expert_tokens is not None
     idle = stats.expert_tokens == 0
     assert idle.sum() >= 20
+    assert stats.expert_absmax is not None
+    assert torch.equal(stats.expert_absmax.amax(1) == 0, idle)
     assert m.absmax(name).shape[0] == 24
-    assert torch.equal(m.absmax(name).amax(1) == 0, idle)
+    assert torch.equal(m.absmax(name)[~idle], stats.expert_absmax[~idle])
+    assert (m.absmax(name)[idle] == stats.expert_absmax.amax(0)).all()
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM"])

@@ -228,6 +228,8 @@ def test_the_table_is_plain_html_and_escapes_text(captured: Magnitudes) -> None:
     assert "&lt;script&gt;" in bundle["text/html"]
     assert "style" not in bundle["text/html"]
     assert bundle["text/html"].count("<tr>") == 1 + 8
+    first = 8 * (top.position == 0)
+    assert f"at a segment's first token in {first} of these and {first / 8:.0%} of all" in bundle["text/html"]
 
 
 def test_the_frame_has_a_row_per_linear(captured: Magnitudes) -> None:
@@ -241,6 +243,15 @@ def test_the_frame_has_a_row_per_linear(captured: Magnitudes) -> None:
     assert row["outlier_ratio"] == pytest.approx(float(absmax.max() / absmax.median()))
     assert absmax[row["outlier_channel"]] == absmax.max()
     assert row["top_token"] == captured.inputs["model.layers.1.mlp.gate_proj"].top[0].text
+
+
+def test_how_many_inputs_peak_at_a_first_token(captured: Magnitudes) -> None:
+    places = [int(captured.inputs[group.name].token_absmax.argmax()) % captured.length for group in captured.groups]
+    assert captured.first_token_share == places.count(0) / len(places)
+    frame = captured.outlier_tokens()
+    leads = frame.loc[frame["position"] == 0, "leads"].sum()
+    assert captured.first_token_share == leads / len(captured.groups)
+    assert Magnitudes({}, {}, (), torch.arange(4), 2).first_token_share == 0
 
 
 def test_a_dead_input_has_no_ratio() -> None:
