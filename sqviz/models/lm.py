@@ -31,6 +31,7 @@ class LM:
         scales: smoothing factors s already folded into the weights, by linear name; each [channel], or
             [expert channel] for fused experts. Empty for an untouched model.
         note: one line on how this model came about, shown by `repr`.
+        history: the same as plain data, a record for each change of the weights, in order; see `quant/recipe.py`.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class LM:
     arch: "Arch"
     scales: Mapping[str, Tensor] = dataclasses.field(default_factory=lambda: NO_SCALES)
     note: str = ""
+    history: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def config(self) -> Any:

@@ -93,6 +93,10 @@ def check_scheme(scheme: Scheme) -> None:
         troubles.append("symmetric=False: weights have no zero point here; symmetric=True is needed")
     if scheme.outliers is not None:
         troubles.append(f"outliers={scheme.outliers}: no channels stay in floating point here; outliers=None is needed")
+    if scheme.clip is not None and not scheme.static:
+        troubles.append(
+            f"clip={scheme.clip!r}: readers know no ceiling of dynamic steps; static=True or clip=None is needed"
+        )
     if troubles:
         raise SqvizError(
             f"{scheme!r} cannot be written as compressed-tensors W8A8: {'; '.join(troubles)}. "

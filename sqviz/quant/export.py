@@ -5,14 +5,15 @@
                            is needed.
     "compressed-tensors"   W8A8: INT8 codes with their steps, for vLLM's INT8 kernels (compressed.py).
 
-Beside the weights stands `sqviz.json`, the recipe: versions, scheme, smoothing, calibration. It is in the header of
-every safetensors file too. The folder is there whole or not at all, and weights are converted one file at a time.
+Beside the weights stands `sqviz.json`, the recipe: versions, scheme, how strongly what was smoothed, the hash of the
+calibration's tokens, what a search found (recipe.py). It is in the header of every safetensors file too. The folder is
+there whole or not at all, and weights are converted one file at a time.
 """
 
 import copy
 import dataclasses
-import hashlib
 import json
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,9 +26,10 @@ from sqviz.models.load import DTYPES
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant.calibration import Calibration
-from sqviz.quant.compressed import Layout, lay_out
+from sqviz.quant.compressed import Layout, check_scheme, lay_out
 from sqviz.quant.folder import filled, new_place, write_companions
 from sqviz.quant.ordinary import check_ordinary
+from sqviz.quant.recipe import calibration_record, scales_hash
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.shards import floating, kept, parse_size, write_shards
 
@@ -95,7 +97,8 @@ def export(
         format: "smoothed" (floating point) or "compressed-tensors" (W8A8). None: the latter if there is a scheme.
         scheme: how to quantise, for "compressed-tensors": per-channel or per-tensor weights, per-token or per-tensor
             inputs, 8 bits, symmetric. The codes are those of `sqviz.quantize(lm, scheme, magnitudes, skip=skip)`.
-        magnitudes: from `sqviz.capture`, for a scheme that needs calibration. Else it may be given for the recipe.
+        magnitudes: from `sqviz.capture`, for a scheme that needs calibration. Else it may be given for the recipe,
+            which names the capture that the model was smoothed by anyhow.
         skip: glob patterns over names of linears that stay in floating point, such as "*.down_proj".
         dtype: of what is written in floating point: "bfloat16", "float16", "float32" …; "auto": as the model is. Codes
             are made from the weights as they are in `lm`.
@@ -147,7 +150,10 @@ def check_request(
 
     Raises `SqvizError` as `export` does.
     """
-    return new_place(folder), _format(format, scheme, skip), _dtype(dtype), parse_size(max_shard_size)
+    found = new_place(folder), _format(format, scheme, skip), _dtype(dtype), parse_size(max_shard_size)
+    if scheme is not None:
+        check_scheme(scheme)
+    return found
 
 
 def _format(format: str | None, scheme: Scheme | None, skip: str | Iterable[str]) -> Format:
@@ -220,7 +226,12 @@ def _recipe(
     return {
         "recipe_format": RECIPE_FORMAT,
         "format": format,
-        "versions": {"sqviz": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "sqviz": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "reference": THESIS,
         "model": lm.name,
         "note": lm.note,
@@ -228,26 +239,8 @@ def _recipe(
         "scheme": None if scheme is None else scheme.as_code(),
         "quantised": len(layout.quantised),
         "ignored": layout.config.get("ignore", []),
+        "history": list(lm.history),
         "smoothing": {"linears": len(lm.scales), "sha256": scales_hash(lm)} if lm.scales else None,
-        "calibration": None if magnitudes is None else _calibration(magnitudes),
+        "calibration": None if magnitudes is None else calibration_record(magnitudes),
         "notes": list(layout.notes),
     }
-
-
-def _calibration(magnitudes: "Magnitudes") -> dict[str, Any]:
-    tokens = magnitudes.tokens.to(torch.int64).contiguous().numpy()
-    return {
-        "model": magnitudes.model,
-        "samples": magnitudes.samples,
-        "length": magnitudes.length,
-        "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-    }
-
-
-def scales_hash(lm: LM) -> str:
-    """SHA-256 of the smoothing factors: of each linear, by name, its name, a zero byte and its factors in float32."""
-    digest = hashlib.sha256()
-    for name in sorted(lm.scales):
-        digest.update(name.encode() + b"\0")
-        digest.update(lm.scales[name].detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -49,7 +49,8 @@ def non_scaling_norms(lm: LM, *, check: bool = True) -> LM:
             s = divide_input(after.model, after, group, torch.where(gain == 0, 1, gain))
             multiply_weights(after.model, group, s)
             scales.update({name: scales.get(name, 1) * s.cpu() for name in group.consumers})
-    after = after.replace(scales=scales, note=f"{lm.note}, norms without gain".removeprefix(", "))
+    note, history = f"{lm.note}, norms without gain".removeprefix(", "), (*lm.history, {"did": "non_scaling_norms"})
+    after = after.replace(scales=scales, note=note, history=history)
     refresh(after)
     if check:
         check_equivalence(lm, after)

@@ -27,9 +27,11 @@ from sqviz.models.folds import divide_input, multiply_weights, producer_rows, sc
 from sqviz.models.linears import Group, holder
 from sqviz.models.lm import LM, share
 from sqviz.quant.equivalence import check_equivalence
+from sqviz.quant.found_alpha import FoundAlpha
 from sqviz.quant.kept_sinks import refresh
 from sqviz.quant.plain import check_floating
 from sqviz.quant.plan import Alpha, Folds, Step, check_alpha, plan
+from sqviz.quant.recipe import smoothing_record
 from sqviz.quant.scaled_linear import divide_online
 from sqviz.quant.schemes import Scheme
 
@@ -66,7 +68,7 @@ def smooth(
     magnitudes: HasAbsmax,
     alpha: Alpha,
     *,
-    folds: Folds = "norm",
+    folds: Folds | None = None,
     online: bool = False,
     check: bool = True,
     scheme: Scheme | None = None,
@@ -81,17 +83,20 @@ def smooth(
             None leaves out); or a callable that gets a `Group` and returns α, or None to leave it. "auto" searches,
             see `sqviz.search_alpha`, which also keeps what it finds.
         folds: "norm" smooths the inputs of attention and MLP by folding into norms, as the thesis does; "all" also
-            folds into earlier linears where that is exact.
+            folds into earlier linears where that is exact. None: those that strengths were searched for, "all" for
+            "auto", else "norm".
         online: divide inputs that cannot be folded at run time (`ScaledLinear`), instead of raising. With
             `folds="norm"` that means the inputs of attention and MLP, and whatever a pattern names.
         check: compare the logits before and after.
         scheme: what the model will be quantised by; for "auto" only.
 
     Returns:
-        The smoothed `LM`; its `scales` hold, for every linear, the product of all s that its input was divided by.
+        The smoothed `LM`; its `scales` hold, for every linear, the product of all s that its input was divided by, and
+        its `history` how strongly it was smoothed and on which text.
 
     Raises:
-        SqvizError: α is outside [0, 1], statistics and model differ in size, or the model is quantised already.
+        SqvizError: α is outside [0, 1], statistics and model differ in size, the model is quantised already, or
+            strengths were found for more folds than `folds`.
         NoSuchLayer: a pattern matches nothing, or `magnitudes` lacks a linear.
         CannotFold: what was asked for has no exact fold; the message names the linear and why.
         NonFinite: a captured maximum is NaN or infinite.
@@ -99,7 +104,8 @@ def smooth(
     """
     check_floating(lm, "smooth")
     if alpha == "auto":
-        alpha = _searched(lm, magnitudes, scheme, folds)
+        alpha = _searched(lm, magnitudes, scheme, folds or "all")
+    folds = _folds(alpha, folds)
     steps = plan(lm, alpha, folds, online)
     refuse_tied(lm, steps)
     after, scales = lm.replace(model=share(lm.model), note=_note(lm, alpha, folds, online)), dict(lm.scales)
@@ -107,7 +113,8 @@ def smooth(
         for step in sorted(steps, key=lambda step: step.group.fold_kind == "norm"):
             s = _apply(after, step, _input_absmax(lm, magnitudes, step.group)).cpu()
             scales.update({name: scales.get(name, 1) * s for name in step.group.consumers})
-    after = after.replace(scales=scales)
+    record = smoothing_record(alpha, steps, folds, online, magnitudes)
+    after = after.replace(scales=scales, history=(*lm.history, record))
     refresh(after)
     if check:
         check_equivalence(lm, after)
@@ -125,6 +132,17 @@ def _searched(lm: LM, magnitudes: HasAbsmax, scheme: Scheme | None, folds: Folds
     if not isinstance(magnitudes, Magnitudes):
         raise SqvizError(f'alpha="auto" needs what sqviz.capture returned, not a {type(magnitudes).__name__}.')
     return search_alpha(lm, magnitudes, scheme, folds=folds)
+
+
+def _folds(alpha: Alpha, folds: Folds | None) -> Folds:
+    """The folds to make: as asked for, or those that go with α. Raises `SqvizError` if they are fewer than it needs."""
+    own = alpha.folds if isinstance(alpha, FoundAlpha) else "norm"
+    if folds == "norm" and own == "all":
+        raise SqvizError(
+            "folds='norm': these strengths were found together with those of folds into linears, which would be left "
+            "out. Leave folds out, give folds='all', or search anew: sqviz.search_alpha(lm, m, scheme, folds='norm')."
+        )
+    return folds or own
 
 
 def _apply(after: LM, step: Step, x_absmax: Float[Tensor, "*expert channel"]) -> Float[Tensor, "*expert channel"]:

@@ -38,6 +38,9 @@ def test_the_embedded_addresses():
     assert documents[0].startswith("Fellow-Citizens of the Senate")  # Washington, 1790
     assert sum(map(len, documents)) > 11_000_000
     assert list(text) == documents  # a second pass starts anew
+    half = source_module.second_half()
+    assert list(half) == list(half) == documents[124:]
+    assert "second half" in repr(half)
 
 
 def test_a_list():

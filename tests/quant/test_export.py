@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import shutil
 from collections import namedtuple
 
@@ -20,12 +21,14 @@ from sqviz.observe.capture import capture
 from sqviz.progress import CancelToken
 from sqviz.quant import folder as folders
 from sqviz.quant import shards
+from sqviz.quant.alpha import search_alpha
 from sqviz.quant.clipping import ClipTokens, LeastError
 from sqviz.quant.export import export
 from sqviz.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from sqviz.quant.kept_sinks import keep_sinks
 from sqviz.quant.linear import quantize
 from sqviz.quant.non_scaling_norm import non_scaling_norms
+from sqviz.quant.recipe import scales_hash
 from sqviz.quant.schemes import (
     LLM_INT8,
     SMOOTHQUANT_LLAMA,
@@ -395,6 +398,7 @@ def test_no_step_is_zero(dtype, tmp_path):
         (Scheme(weight_bits=4), "weight_bits=4: 8 is needed"),
         (Scheme(PerChannel(), PerToken(), symmetric=False), "symmetric=True is needed"),
         (LLM_INT8, "outliers=None is needed"),
+        (Scheme(PerTensor(), PerTensor(), clip=LeastError()), r"clip=LeastError\(\): .* static=True or clip=None"),
     ],
     ids=lambda value: repr(value)[:60],
 )
@@ -652,6 +656,7 @@ def test_the_recipe_says_how_it_came_about(tmp_path):
     assert recipe["note"] == "smoothed α=0.6 with linear folds"
     assert recipe["versions"] == {
         "sqviz": sqviz.__version__,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": __import__("transformers").__version__,
     }
@@ -663,9 +668,54 @@ def test_the_recipe_says_how_it_came_about(tmp_path):
     found = recipe["calibration"]
     assert found.pop("tokens_sha256") == hashlib.sha256(raw).hexdigest()
     assert found == {"model": "tiny/LlamaForCausalLM", "samples": 4, "length": 64}
+    assert recipe["history"] == [
+        {
+            "did": "smooth",
+            "alpha": 0.6,
+            "folds": "all",
+            "online": False,
+            "calibration": found | {"tokens_sha256": hashlib.sha256(raw).hexdigest()},
+            "search": None,
+        }
+    ]
     with safe_open(written.folder / "model.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["sqviz"])["scheme"] == recipe["scheme"]
         assert file.metadata()["format"] == "pt"
+
+
+def test_strengths_in_a_recipe_do_the_same_again(tmp_path):
+    """However α was given, what the recipe holds makes the same model; what was searched says so."""
+    original = tiny("LlamaForCausalLM")
+    magnitudes = capture(original, STREAM, samples=6, length=64, progress=False)
+    found = search_alpha(original, magnitudes, SMOOTHQUANT_O3, objective="layer", progress=False)
+    ways = {
+        "number": 0.3,
+        "by pattern": {"*": 0.4, "*.1.*": None, "*.1.mlp.gate_proj": 0.7},
+        "by group": lambda group: None if ".0.mlp" in group.name else 0.8,
+        "searched": found,
+    }
+    for name, alpha in ways.items():
+        lm = smooth(non_scaling_norms(original) if name == "number" else original, magnitudes, alpha)
+        recipe = json.loads((export(lm, tmp_path / name).folder / "sqviz.json").read_text())
+        assert recipe["history"] == json.loads(json.dumps(lm.history))
+        step = recipe["history"][-1]
+        again = smooth(lm if name == "number" else original, magnitudes, step["alpha"], folds=step["folds"])
+        if name == "number":
+            assert [one["did"] for one in recipe["history"]] == ["non_scaling_norms", "smooth"]
+            assert [one["did"] for one in again.history] == ["non_scaling_norms", "smooth", "smooth"]
+            continue
+        assert scales_hash(again) == scales_hash(lm) == recipe["smoothing"]["sha256"]
+        assert (step["search"] is None) == (name != "searched")
+    assert step["search"] == {
+        "objective": "layer",
+        "scheme": "sqviz.SMOOTHQUANT_O3",
+        "model": original.name,
+        "tokens_sha256": step["calibration"]["tokens_sha256"],
+        "complete": True,
+        "tried": {},
+    }
+    assert set(step["alpha"]) == {group for group, value in found.alphas.items() if value is not None}
+    assert step["folds"] == found.folds == "all"
 
 
 def test_the_hash_tells_smoothings_apart(tmp_path):

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from sqviz.errors import NonFinite, NoSuchLayer, SqvizError
 from sqviz.models.linears import groups, weight
 from sqviz.models.tiny import TINY, tiny
+from sqviz.observe.capture import capture
+from sqviz.quant.alpha import search_alpha
 from sqviz.quant.equivalence import logits, probe
+from sqviz.quant.schemes import W8A8
 from sqviz.quant.smooth import smooth, smoothing_scale
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -228,3 +231,21 @@ def test_smoothing_scale_against_an_obvious_loop(pairs: list[tuple[float, float]
     got = smoothing_scale(x, w, alpha)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_strengths_that_were_found_bring_their_folds():
+    """Half of what a search over all folds finds is for folds into linears: it is not left out in silence."""
+    lm = tiny("LlamaForCausalLM")
+    tokens = torch.randint(3, 131, (400,), generator=torch.Generator().manual_seed(2))
+    m = capture(lm, tokens, samples=8, length=40, progress=False)
+    found = {folds: search_alpha(lm, m, W8A8, "layer", folds=folds, progress=False) for folds in ("all", "norm")}
+    for folds, alpha in found.items():
+        by_itself, asked = smooth(lm, m, alpha), smooth(lm, m, alpha, folds=folds)
+        assert by_itself.scales.keys() == {
+            name for group in groups(lm) if alpha.alphas[group.name] is not None for name in group.consumers
+        }
+        assert all(torch.equal(by_itself.scales[name], asked.scales[name]) for name in asked.scales)
+    with pytest.raises(SqvizError, match=r"folds=.norm.: these strengths were found together with .* Leave"):
+        smooth(lm, m, found["all"], folds="norm")
+    assert smooth(lm, m, 0.5).scales.keys() == smooth(lm, m, 0.5, folds="norm").scales.keys()
+    assert smooth(lm, m, "auto", scheme=W8A8).history[0]["folds"] == "all"
