@@ -42,6 +42,11 @@ class Codes:
         step = self.step if len(self.step) == 1 and self.rows != 1 else self.step[which]
         return Codes(self.values[which], step, len(which), self.channels)
 
+    def part(self, start: int, rows: int) -> "Codes":
+        """Rows that follow one another, as they lie."""
+        step = self.step if len(self.step) == 1 and self.rows != 1 else self.step[start : start + rows]
+        return Codes(self.values[start : start + rows], step, rows, self.channels)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
@@ -67,7 +72,7 @@ class Packed:
 
 OPERATIONS = (
     *("pack", "unpack", "rows", "quantise", "plain_codes", "norm_quantise"),
-    *("linear", "linear_requantise", "gated", "attention"),
+    *("linear", "linear_requantise", "gated", "batched", "attention", "read_cache"),
 )
 """What a backend computes: none of it is for torch.compile to look into."""
 
@@ -170,6 +175,23 @@ class Backend:
         gate, up = self.linear(x, gate_up).chunk(2, 1)
         return self.quantise(F.silu(gate) * up, step, share)
 
+    def batched(
+        self,
+        a: Codes,
+        b: Int8[Tensor, "outer inner out channel"],
+        b_step: Float[Tensor, "outer inner out"] | None = None,
+        scaling: float = 1.0,
+    ) -> Float[Tensor, "outer inner row out"]:
+        """See `spec.batched`; the rows of A belong to the outer · inner matrices in turn. Here: one after another."""
+        outer, inner, out = b.shape[:3]
+        rows = a.rows // max(1, outer * inner)
+        y, one = a.step.new_empty(outer, inner, rows, out), a.step.new_ones(1)
+        for index in range(outer * inner):
+            place = divmod(index, inner)
+            packed = self.pack(b[place], one if b_step is None else b_step[place])
+            y[place] = self.linear(a.part(index * rows, rows), packed)
+        return y if b_step is None else y.mul_(scaling)
+
     def attention(
         self,
         q: Float[Tensor, "batch head query dim"],
@@ -181,8 +203,23 @@ class Backend:
         causal_from: int | None = None,
         mask: Bool[Tensor, "#batch #head query key"] | Float[Tensor, "#batch #head query key"] | None = None,
     ) -> Float[Tensor, "batch head query dim_v"]:
-        """See `spec.attention`. Raises `NonFinite`."""
-        return spec.attention(q, k, k_step, v, v_step, scaling, causal_from, mask)
+        """See `spec.attention`. Raises `NonFinite`, and `SqvizError` for more keys than an int32 can sum."""
+        batch, heads, queries, _ = q.shape
+        kv_heads, keys, dims_v = v.shape[1:]
+        spec.check_keys(keys)
+        if not q.numel() or not keys or not dims_v:
+            return q.new_zeros(batch, heads, queries, dims_v)
+        s = self.batched(self.quantise(q.flatten(0, 2)), k, k_step, scaling)
+        p = spec.probabilities(s.view(batch, heads, queries, keys), causal_from, mask)
+        p = p.view(batch, kv_heads, -1, keys) * v_step[:, :, None]
+        o = self.batched(self.quantise(p.flatten(0, 2)), v.transpose(2, 3))
+        return o.view(batch, heads, queries, dims_v).to(q.dtype)
+
+    def read_cache(
+        self, codes: Int8[Tensor, "*rows channel"], step: Float[Tensor, "*rows"], dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "*rows channel"]:
+        """See `spec.read_cache`."""
+        return spec.read_cache(codes, step, dtype)
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"

@@ -15,7 +15,7 @@ from torch import Tensor
 from sqviz.errors import NonFinite, SqvizError
 from sqviz_kernels import cpu_loops as loops
 from sqviz_kernels.backend import Backend, Codes
-from sqviz_kernels.spec import TINY, TOP, Norm, Share
+from sqviz_kernels.spec import TINY, TOP, Norm, Share, check_step
 
 WORTH_THREADS = 1 << 15
 """Elements from which a second thread helps a pass over X (its start takes about 3 µs)."""
@@ -28,8 +28,10 @@ _one_at_a_time = threading.Lock()
 
 
 def _after_fork() -> None:
+    """The parent's threads are not there: starting numba's aborts the process, and torch would wait for its own."""
     global _forked
-    _forked = True  # the threads of the parent are not there, and starting new ones aborts the process
+    _forked = True
+    torch.set_num_threads(1)
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -154,6 +156,8 @@ class CpuBackend(Backend):
             most = steps.amax(0, keepdim=True) if rows else torch.zeros(1)
             step = most / TOP
             step = torch.where(step < TINY, 0.0, step)
+        elif step is not None:
+            check_step(step)
         if step is not None:
             given = np.float32(step.item())
         _quantised(threads, rows, *before, given, *to, codes.data_ptr(), stride, shift, steps.data_ptr())

@@ -13,7 +13,7 @@ from sqviz_kernels import cpu_attention as kernel
 from sqviz_kernels import vnni_tile as tile
 from sqviz_kernels.backend import Codes, Packed
 from sqviz_kernels.cpu import CpuBackend, launching, run, threads_for
-from sqviz_kernels.spec import Share, check_channels
+from sqviz_kernels.spec import Share, check_channels, check_keys
 from sqviz_kernels.vnni_tile import WIDE
 
 HALF = WIDE // 2
@@ -106,9 +106,10 @@ class Vnni(CpuBackend):
         causal_from: int | None = None,
         mask: Bool[Tensor, "#batch #head query key"] | Float[Tensor, "#batch #head query key"] | None = None,
     ) -> Float[Tensor, "batch head query dim_v"]:
-        """See `spec.attention`. Raises `NonFinite`."""
+        """See `spec.attention`; both products and the softmax in one pass. Raises as `Backend.attention` does."""
         batch, heads, queries, dims = q.shape
         kv_heads, keys, dims_v = k.shape[1], k.shape[2], v.shape[3]
+        check_keys(keys)
         out = torch.empty(batch, heads, queries, dims_v, dtype=q.dtype if q.dtype in _KINDS else torch.float32)
         if not out.numel() or not keys:
             return out.zero_().to(q.dtype)

@@ -88,7 +88,8 @@ class CublasLt(GpuBackend):
             return torch.zeros((x.rows, w.out), dtype=torch.int32, device=x.values.device)
         if not _exact(x.values.device):
             raise Unavailable(f"backend='cublaslt': torch._int_mm returns wrong sums on {x.values.device}.")
-        return torch._int_mm(x.values, w.values.t())[: x.rows, : w.out]
+        values = padded(x.values, max(len(x.values), LEAST_ROWS), x.values.shape[1])  # a part of codes has fewer rows
+        return torch._int_mm(values, w.values.t())[: x.rows, : w.out]
 
     def linear(self, x: Codes, w: Packed, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row out"]:
         """See `spec.linear`."""

@@ -102,7 +102,9 @@ def _codes(
 ) -> tuple[Int8[Tensor, "row channel"], Float[Tensor, " row_or_1"]]:
     if not bool(torch.isfinite(value).all()):
         raise NonFinite("the input of an INT8 product holds a NaN or an infinity, which no step can represent.")
-    if step is None:
+    if step is not None:
+        check_step(step)
+    else:
         rows = value.abs().amax(1) if value.shape[1] else value.new_zeros(len(value))
         if share == "tensor":
             rows = rows.amax(0, keepdim=True) if len(rows) else value.new_zeros(1)
@@ -131,6 +133,23 @@ def check_channels(channels: int) -> None:
         raise SqvizError(
             f"{channels} channels: an int32 holds the sum of at most {MAX_CHANNELS} products of two codes in ±127. "
             "Leave this linear in floating point, or split it."
+        )
+
+
+def check_keys(keys: int) -> None:
+    """Raise `SqvizError` if the sum of PV over so many keys could exceed an int32."""
+    if keys > MAX_CHANNELS:
+        raise SqvizError(
+            f"{keys} keys: an int32 holds the sum of at most {MAX_CHANNELS} products of two codes in ±127. Let fewer "
+            "keys be seen (`SinkCache` keeps some), or quantise with attention=False."
+        )
+
+
+def check_step(step: Float[Tensor, "1"]) -> None:
+    """Raise `SqvizError` for a given (static) step that is negative, infinite or NaN. 0 is one: all codes are 0."""
+    if not 0 <= step.item() < math.inf:
+        raise SqvizError(
+            f"step={step.item()}: a static step is max|x| / 127 of what was calibrated on, finite and ≥ 0."
         )
 
 
@@ -166,6 +185,45 @@ def linear(
 # --- attention ---
 
 
+def batched(
+    a: Int8[Tensor, "outer inner row channel"],
+    a_step: Float[Tensor, "outer inner row"],
+    b: Int8[Tensor, "outer inner out channel"],
+    b_step: Float[Tensor, "outer inner out"] | None = None,
+    scaling: float = 1.0,
+) -> Float[Tensor, "outer inner row out"]:
+    """Products of many matrices: ((Ā B̄ᵀ · Δ_a) · Δ_b) · scaling, in this order; without Δ_b Ā B̄ᵀ · Δ_a alone.
+
+    QKᵀ is one of a query head's (or of all that read one key head) rows with keys; PV one of probabilities with Vᵀ,
+    whose steps have moved into the probabilities. Raises `SqvizError` if an int32 could overflow.
+    """
+    check_channels(a.shape[3])
+    y = (a.double() @ b.double().transpose(2, 3)).float() * a_step[..., None]
+    return y if b_step is None else y * b_step[:, :, None] * scaling
+
+
+def probabilities(
+    s: Float[Tensor, "batch head query key"], causal_from: int | None, mask: Tensor | None
+) -> Float[Tensor, "batch head query key"]:
+    """softmax(S + mask) over the keys that a query sees; zeros where it sees none. Arguments: see `attention`."""
+    seen = torch.ones(s.shape[2:], dtype=torch.bool, device=s.device)
+    if causal_from is not None:
+        seen = seen.tril(causal_from)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        s, seen = s + mask.float(), seen & (mask > torch.finfo(mask.dtype).min)
+    p = torch.softmax(s.masked_fill(~seen, -math.inf), -1)
+    return torch.where(seen.any(-1, keepdim=True), p, 0.0)
+
+
+def read_cache(
+    codes: Int8[Tensor, "*rows channel"], step: Float[Tensor, "*rows"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*rows channel"]:
+    """code · step, in float32, rounded once more: what an INT8 cache of keys or values stands for."""
+    return (codes.float() * step[..., None]).to(dtype)
+
+
 def attention(
     q: Float[Tensor, "batch head query dim"],
     k: Int8[Tensor, "batch kv_head key dim"],
@@ -184,6 +242,8 @@ def attention(
         P = softmax(S)
         O = Q(P ∘ Δ_v) V̄ · Δ_p                         P ∘ Δ_v quantised per query and head
 
+    Both products are `batched`.
+
     A step per token of V cannot stand outside of the sum over tokens; it moves into the probabilities before those are
     quantised. So keys and values may come from a cache that keeps one step per token and head.
 
@@ -194,28 +254,19 @@ def attention(
         causal_from: query i sees keys 0 … causal_from + i; None: all, as far as the mask lets it.
         mask: what else is hidden: False, or −inf; finite floats are added to S.
 
-    A query that sees nothing gets zeros. Raises `NonFinite` for NaN and infinities in Q.
+    A query that sees nothing gets zeros. Raises `NonFinite` for NaN and infinities, and `SqvizError` if an int32 could
+    overflow: there may be at most MAX_CHANNELS keys.
     """
     batch, heads, queries, _ = q.shape
-    keys, groups = k.shape[2], heads // k.shape[1]
-    if not bool(torch.isfinite(q).all()):
-        raise NonFinite("the queries of an INT8 attention hold a NaN or an infinity, which no step can represent.")
+    kv_heads, keys = k.shape[1:3]
+    check_keys(keys)
+    together = (batch, kv_heads, heads // kv_heads * queries)  # heads that share a key head are further rows
     codes, q_step = _codes(q.float().flatten(0, 2), None, "token")
-    codes, q_step = codes.view(q.shape), q_step.view(batch, heads, queries, 1)
-    k, k_step, v, v_step = (t.repeat_interleave(groups, 1) for t in (k, k_step, v, v_step))
-    s = (codes.double() @ k.double().transpose(2, 3)).float() * q_step * k_step[:, :, None] * scaling
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-    if causal_from is not None:
-        seen = seen.tril(causal_from)
-    if mask is not None and mask.dtype == torch.bool:
-        seen = seen & mask
-    elif mask is not None:
-        s, seen = s + mask.float(), seen & (mask > torch.finfo(mask.dtype).min)
-    s = s.masked_fill(~seen, -math.inf)
-    p = torch.nan_to_num(torch.softmax(s, -1), nan=0.0)
-    p_codes, p_step = _codes((p * v_step[:, :, None]).flatten(0, 2), None, "token")
-    sums = p_codes.view(p.shape).double() @ v.double()
-    return (sums.float() * p_step.view(batch, heads, queries, 1)).to(q.dtype)
+    s = batched(codes.view(*together, -1), q_step.view(together), k, k_step, scaling)
+    p = probabilities(s.view(batch, heads, queries, keys), causal_from, mask)
+    p_codes, p_step = _codes((p.view(*together, keys) * v_step[:, :, None]).flatten(0, 2), None, "token")
+    o = batched(p_codes.view(*together, keys), p_step.view(together), v.transpose(2, 3))
+    return o.view(batch, heads, queries, -1).to(q.dtype)
 
 
 # --- the sweep over α ---

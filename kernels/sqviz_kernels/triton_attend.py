@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from sqviz.errors import SqvizError
 from sqviz_kernels.backend import Codes
 from sqviz_kernels.gpu import round_up
+from sqviz_kernels.spec import check_channels, check_keys
 from sqviz_kernels.tiles import Tile, product_tiles
 from sqviz_kernels.triton_runtime import (
     ALIGN,
@@ -40,6 +42,7 @@ def attention(
     mask: Tensor | None,
 ) -> Float[Tensor, "batch head query dim_v"]:
     """See `spec.attention`."""
+    check_keys(k.shape[2])
     batch, heads, queries = q.shape[:3]
     out = q.new_empty((batch, heads, queries, v.shape[3]), dtype=stored(q.dtype, q.device))
     k, v, k_step, v_step = (last_contiguous(t) for t in (k, v, k_step.float(), v_step.float()))
@@ -75,6 +78,26 @@ def _attend(
     o = q.new_empty((*together, v.shape[3]), dtype=dtype)
     _batched(backend, p, v.transpose(2, 3), None, o, 1.0)
     return o.view(batch, heads, queries, v.shape[3])
+
+
+def batched(
+    backend: Launcher,
+    a: Codes,
+    b: Int8[Tensor, "outer inner out channel"],
+    b_step: Float[Tensor, "outer inner out"] | None,
+    scaling: float,
+) -> Float[Tensor, "outer inner row out"]:
+    """See `spec.batched`."""
+    outer, inner, out, channels = b.shape
+    check_channels(channels)
+    if a.channels != channels:
+        raise SqvizError(f"a has {a.channels} channels and b {channels}: they must be the same.")
+    rows = a.rows // max(1, outer * inner)
+    wide = a.step.new_empty((outer * inner, rows, round_up(out, ALIGN)))
+    steps = None if b_step is None else last_contiguous(b_step.float())
+    own = Codes(a.values, a.step.expand(a.rows).contiguous(), a.rows, channels)
+    _batched(backend, own, b, steps, wide, 1.0 if b_step is None else scaling)
+    return wide[:, :, :out].unflatten(0, (outer, inner))
 
 
 def _batched(

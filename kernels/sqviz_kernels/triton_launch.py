@@ -233,6 +233,16 @@ class Triton(Launcher):
 
     # --- made of those ---
 
+    def batched(
+        self,
+        a: Codes,
+        b: Int8[Tensor, "outer inner out channel"],
+        b_step: Float[Tensor, "outer inner out"] | None = None,
+        scaling: float = 1.0,
+    ) -> Float[Tensor, "outer inner row out"]:
+        """See `spec.batched`: one launch."""
+        return triton_attend.batched(self, a, b, b_step, scaling)
+
     def attention(
         self,
         q: Float[Tensor, "batch head query dim"],
@@ -248,7 +258,7 @@ class Triton(Launcher):
         return triton_attend.attention(self, q, k, k_step, v, v_step, scaling, causal_from, mask)
 
     def read_cache(
-        self, codes: Int8[Tensor, "*rows channel"], step: Float[Tensor, "*rows"], dtype: torch.dtype = torch.float16
+        self, codes: Int8[Tensor, "*rows channel"], step: Float[Tensor, "*rows"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "*rows channel"]:
         """code · step: what an INT8 cache of keys or values stands for."""
         return triton_attend.read_cache(self, codes, step, dtype)

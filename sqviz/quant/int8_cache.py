@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int8
+from sqviz_kernels import spec
 from sqviz_kernels.backend import opaque
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -77,7 +78,8 @@ class Int8Layer(CacheLayerMixin):
 
     def _given(self, codes: Int8[Tensor, "batch head slot dim"], steps: Float[Tensor, "batch head slot"]) -> Tensor:
         if not self._codes:
-            return (codes * steps[..., None]).to(self.dtype)
+            read = spec.read_cache if self._backend is None else self._backend.read_cache
+            return read(codes, steps, self.dtype)
         return with_steps(codes, steps)
 
     def _room(self, needed: int) -> None:

@@ -161,6 +161,19 @@ def attention_inputs(
     return [q, k, k_step, v, v_step]
 
 
+def check_batched(backend: Backend, outer: int, inner: int, rows: int, out: int, channels: int, device: str) -> None:
+    """Products of many matrices, with steps of B and without; B as it lies, and transposed."""
+    a, b = values(outer * inner * rows, channels, device=device), codes(outer, inner, out, channels, device=device)
+    b_step = torch.rand(outer, inner, out, device=device)
+    q, step = spec.quantise(a.cpu())
+    q, step = q.view(outer, inner, rows, channels), step.view(outer, inner, rows)
+    for each in (b, b.transpose(2, 3).contiguous().transpose(2, 3)):
+        for own in (b_step, None):
+            found = backend.batched(backend.quantise(a), each, own, 0.37).cpu()
+            expected = spec.batched(q, step, each.cpu(), None if own is None else own.cpu(), 0.37)
+            assert torch.equal(found, expected)
+
+
 def check_attention(
     backend: Backend, given: list[Tensor], causal_from: int | None = None, mask: Tensor | None = None
 ) -> None:

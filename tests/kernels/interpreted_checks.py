@@ -119,6 +119,18 @@ SHAPES = [(2, 6, 2, 5, 37, 24), (1, 3, 3, 1, 48, 64), (1, 4, 1, 9, 17, 33)]
 """Batch, heads, key heads, queries, keys, dim."""
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 3, 7, 33, 64), (1, 2, 13, 5, 40), (1, 2, 0, 4, 8)], ids=str)
+def test_products_of_many_matrices(shape):
+    checks.check_batched(backend, *shape, CPU)
+
+
+def test_more_keys_than_an_int32_can_sum_are_refused():
+    k, step = torch.zeros(1, 1, 1, 4, dtype=torch.int8), torch.ones(1, 1, 1)
+    k, step = k.expand(1, 1, spec.MAX_CHANNELS + 1, 4), step.expand(1, 1, spec.MAX_CHANNELS + 1)
+    with pytest.raises(SqvizError, match="133145 keys"):
+        backend.attention(torch.zeros(1, 1, 1, 4), k, step, k, step, 1.0)
+
+
 @pytest.mark.parametrize(
     ("shape", "mask", "causal_from"),
     [

@@ -38,6 +38,8 @@ def test_extremes():
 def test_what_is_composed_of_them():
     checks.check_norm(backend, checks.values(4, 40), "rms", False, "token")
     checks.check_gated(backend, 3, 12, "cpu", "token")
+    checks.check_batched(backend, 1, 2, 3, 5, 9, "cpu")
+    checks.check_attention(backend, checks.attention_inputs(1, 2, 1, 2, 5, 8, "cpu"), 3)
 
 
 def test_what_is_not_finite_becomes_nan():

@@ -14,7 +14,17 @@ from sqviz.errors import NonFinite, SqvizError, Unavailable
 CPU = [name for name, why in backends().items() if why is None and get(name).device == "cpu"]
 few = settings(deadline=None, derandomize=True, max_examples=25, database=None)
 AWKWARD = [
-    *((0, 7, 3), (1, 1, 1), (1, 576, 96), (2, 63, 33), (3, 64, 32), (11, 65, 31), (12, 130, 64), (13, 37, 5)),
+    *(
+        (0, 7, 3),
+        (5, 8, 0),
+        (1, 1, 1),
+        (1, 576, 96),
+        (2, 63, 33),
+        (3, 64, 32),
+        (11, 65, 31),
+        (12, 130, 64),
+        (13, 37, 5),
+    ),
     *((25, 1024, 40), (100, 4, 100), (49, 2048, 2)),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -125,6 +135,40 @@ def test_extremes_do_not_saturate(backend, signs):
     assert (got == signs[0] * signs[1] * 4096).all()
 
 
+def test_sums_at_the_limit_of_an_int32(backend):
+    x, w = torch.full((2, spec.MAX_CHANNELS), 127.0), torch.full((3, spec.MAX_CHANNELS), 127, dtype=torch.int8)
+    x[1], w[1] = -127, -127
+    got = backend.linear(backend.quantise(x, torch.ones(1)), backend.pack(w, torch.ones(3)))
+    assert torch.equal(got, spec.product(x.to(torch.int8), w).float())
+
+
+@pytest.mark.parametrize("view", ["transposed", "apart", "expanded"])
+def test_weights_that_are_views(backend, view):
+    w = {
+        "transposed": lambda: weights(40, 9)[0].t(),
+        "apart": lambda: weights(18, 80)[0][::2, ::2],
+        "expanded": lambda: weights(1, 40)[0].expand(9, 40),
+    }[view]()
+    x, step = matrix(5, 40), torch.rand(9)
+    packed = backend.pack(w, step, torch.randn(1).expand(9))
+    assert torch.equal(
+        backend.linear(backend.quantise(x), packed), spec.linear(*spec.quantise(x), w, step, packed.bias)
+    )
+
+
+def test_steps_of_zero_give_zeros_and_wrong_ones_are_refused(backend):
+    x, (w, _, bias) = matrix(5, 40), weights(7, 40)
+    x[2] = 0
+    assert not plain(backend, backend.quantise(x, torch.zeros(1))).any()
+    assert not backend.quantise(x).step[2]
+    packed = backend.pack(w, torch.zeros(7), bias)
+    for codes in (backend.quantise(x), backend.quantise(x, torch.zeros(1))):
+        assert torch.equal(backend.linear(codes, packed), bias.expand(5, 7))
+    for bad in (-0.5, math.nan, math.inf):
+        with pytest.raises(SqvizError, match="static step"):
+            backend.quantise(x, torch.tensor([bad]))
+
+
 def test_too_many_channels_are_refused(backend):
     with pytest.raises(SqvizError, match="133144"):
         backend.pack(torch.zeros(1, spec.MAX_CHANNELS + 1, dtype=torch.int8), torch.ones(1))
@@ -218,6 +262,55 @@ def test_attention(backend, threads, shape, mask):
         got, expected = backend.attention(*arguments), spec.attention(*arguments)
         assert torch.allclose(got, expected, atol=0.02 * float(expected.abs().amax()) + 1e-6)
         assert float((got - expected).norm()) <= 2e-3 * float(expected.norm()) + 1e-6
+
+
+PRODUCTS = [(1, 1, 1, 1, 1), (2, 3, 7, 33, 64), (1, 2, 13, 5, 7), (2, 1, 40, 130, 16), (1, 2, 0, 4, 8), (1, 2, 3, 0, 8)]
+
+
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_products_of_many_matrices_are_bit_equal(backend, threads, shape):
+    """QKᵀ with steps of its keys, PV without; B as it comes, transposed, and repeated."""
+    outer, inner, rows, out, channels = shape
+    a = states(outer * inner * rows, channels)
+    codes, step = spec.quantise(a)
+    codes, step = codes.view(outer, inner, rows, channels), step.view(outer, inner, rows)
+    b, b_step = codes_of(states(outer, inner, out, channels, seed=1))
+    turned = b.transpose(2, 3).contiguous().transpose(2, 3)
+    for each in (b, turned, b[:, :, :1].expand_as(b)):
+        got = backend.batched(backend.quantise(a), each, b_step, 0.37)
+        assert torch.equal(got, spec.batched(codes, step, each, b_step, 0.37))
+        got = backend.batched(backend.quantise(a), each)
+        assert torch.equal(got, spec.batched(codes, step, each))
+
+
+def test_a_cache_of_codes_is_read(backend):
+    codes, step = codes_of(states(2, 3, 11, 40))
+    for dtype in DTYPES:
+        for k, s in ((codes, step), (codes[:, :, 2:7], step[:, :, 2:7]), (codes[:0], step[:0])):
+            assert torch.equal(backend.read_cache(k, s, dtype), (k.float() * s[..., None]).to(dtype))
+
+
+def test_attention_of_more_keys_than_an_int32_can_sum_is_refused(backend):
+    """At the limit exact: probabilities alike, values full."""
+    keys, q = spec.MAX_CHANNELS, torch.zeros(1, 1, 1, 4)
+    k, step = torch.full((1, 1, keys, 4), 127, dtype=torch.int8), torch.ones(1, 1, keys)
+    assert torch.allclose(backend.attention(q, k, step, k, step, 1.0), torch.tensor(127.0), rtol=1e-3)
+    k, step = (torch.cat([t, t[:, :, :1]], 2) for t in (k, step))
+    with pytest.raises(SqvizError, match="133145 keys"):
+        backend.attention(q, k, step, k, step, 1.0)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "head", "batch"])
+def test_attention_of_repeated_views(backend, which):
+    """Strides of 0 in queries, keys, values and their steps."""
+    q, (k, step) = states(2, 4, 3, 16), codes_of(states(2, 2, 9, 16, seed=1))
+    if which == "query":
+        q = q[:, :, :1].expand(2, 4, 3, 16)
+    else:
+        dim = {"batch": 0, "head": 1, "key": 2}[which]
+        k, step = (t.narrow(dim, 0, 1).expand(t.shape) for t in (k, step))
+    got, expected = backend.attention(q, k, step, k, step, 0.3), spec.attention(q, k, step, k, step, 0.3)
+    assert float((got - expected).norm()) <= 2e-3 * float(expected.norm())
 
 
 def test_attention_reads_views_of_a_longer_buffer(backend):

@@ -61,6 +61,11 @@ def test_norms_and_gates(backend, how):
     checks.check_gated(backend, 40, 96, CUDA, how)
 
 
+def test_products_of_many_matrices_are_bit_equal(backend):
+    for shape in ((1, 1, 1, 1, 1), (2, 3, 7, 33, 64), (2, 9, 200, 200, 64), (1, 8, 4, 1023, 128), (1, 2, 5, 64, 1023)):
+        checks.check_batched(backend, *shape, CUDA)
+
+
 def test_attention(backend):
     for shape in ((2, 6, 2, 5, 37, 24), (1, 9, 3, 200, 200, 64), (1, 32, 8, 1, 1023, 128), (1, 4, 1, 9, 17, 33)):
         given = checks.attention_inputs(*shape, CUDA)
@@ -161,6 +166,8 @@ def test_the_library_backend_on_the_cpu():
     checks.check_strides(backend, "cpu")
     checks.check_norm(backend, checks.values(5, 64), "layer", True, "static")
     checks.check_gated(backend, 5, 40, "cpu", "token")
+    checks.check_batched(backend, 2, 3, 7, 33, 20, "cpu")
+    checks.check_attention(backend, checks.attention_inputs(2, 6, 2, 5, 37, 24, "cpu"), 32)
     backend.raise_if_not_finite()
     checks.check_not_finite(backend, "cpu")
     with pytest.raises(NonFinite):

@@ -23,6 +23,12 @@ for rows, channels, out in ((1, 256, 32), (13, 131, 37), (64, 576, 96)):
         if backends()[name] is None:
             backend = get(name)
             assert torch.equal(backend.linear(backend.quantise(x), backend.pack(w, step)), expected), name
+    b, b_step = w.view(1, 1, out, channels), step.view(1, 1, out)
+    codes, own = spec.quantise(x)
+    expected = spec.batched(codes[None, None], own[None, None], b, b_step, 0.37)
+    for name in ("vnni", "onednn", "plain"):
+        if backends()[name] is None:
+            assert torch.equal(get(name).batched(get(name).quantise(x), b, b_step, 0.37), expected), name
 print("all equal")
 """
 
@@ -63,6 +69,35 @@ def test_without_vnni_the_plain_kernel_is_exact(cpu, tmp_path):
     assert "no AVX-512 VNNI" in why["vnni"]
     assert why["plain"] == "None"
     assert "all equal" in printed
+
+
+REFERENCE = """
+import torch, sqviz
+from sqviz.models.tiny import tiny
+torch.set_num_threads(1)
+lm, ids = tiny("LlamaForCausalLM"), torch.arange(3, 43)
+seen = sqviz.capture(lm, ids, samples=1, length=40)
+for scheme in (sqviz.SMOOTHQUANT_LLAMA, sqviz.SMOOTHQUANT_O3):
+    model = sqviz.quantize(lm, scheme, seen, backend="onednn", head=True, attention=True).model
+    model.generate(ids[None], max_new_tokens=2, do_sample=False)
+print("the trap", flush=True)
+x, w = (torch.ones(size, dtype=torch.int8) for size in ((16, 64), (32, 64)))
+packed = torch.ops.onednn.qlinear_prepack(w, None)
+zeros = torch.zeros(32, dtype=torch.int64)
+after = (None, 1.0, 0, torch.float32, "none", [], "")
+torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, torch.ones(32), zeros, *after)
+"""
+
+
+@pytest.mark.skipif(not HAVE_VNNI, reason="the processor has no AVX-512 VNNI: oneDNN's product is refused there")
+def test_onednn_takes_its_instruction_and_never_its_reference_loop():
+    """What oneDNN says that it ran. Its quantised linear, which we do not call, is a loop for int8 activations."""
+    ours, trap = printed_by(REFERENCE, ONEDNN_VERBOSE="1").split("the trap")
+    integers = [line for line in ours.splitlines() if ",exec," in line and "s8" in line]
+    assert integers
+    assert all(",gemm_api," in line for line in integers)
+    assert ",ref" not in ours
+    assert ",ref_int8" in trap
 
 
 def test_a_model_says_why_its_backend_cannot_run(tmp_path):

@@ -39,14 +39,10 @@ def two_threads():
 @pytest.mark.parametrize("name", CPU)
 def test_a_forked_worker_computes(name, two_threads):
     assert task(name, 0)  # the threads are there
+    torch.randn(400, 400) @ torch.randn(400, 400)  # and torch's, which a worker would wait for
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply_async(task_alone, (name, 1)).get(timeout=120)
-
-
-def task_alone(name, seed):
-    """In a worker torch's own threads are gone too: `_int_mm` must not wait for them."""
-    torch.set_num_threads(1)
-    return task(name, seed)
+        assert pool.apply_async(task, (name, 1)).get(timeout=120)
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("name", CPU)

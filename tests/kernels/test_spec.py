@@ -82,6 +82,15 @@ def test_a_linear_number_by_number(rows, channels, out):
             assert np.float32(y[r, o]) == np.float32(scaled + np.float32(bias[o]))
 
 
+@pytest.mark.parametrize("bad", [-0.5, math.nan, math.inf])
+def test_a_static_step_that_is_none_is_refused_and_zero_makes_zeros(bad):
+    x = torch.randn(3, 4)
+    for share in ("token", "tensor"):
+        with pytest.raises(SqvizError, match="static step"):
+            spec.quantise(x, torch.tensor([bad]), share)
+        assert not spec.quantise(x, torch.zeros(1), share)[0].any()
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norms_are_torchs(kind):
     x, gain, bias = torch.randn(7, 48), torch.rand(48), torch.randn(48)
@@ -92,6 +101,37 @@ def test_norms_are_torchs(kind):
 def codes_of(states):
     codes, step = spec.quantise(states.flatten(0, 2))
     return codes.view(states.shape), step.view(states.shape[:3])
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_products_of_many_matrices_number_by_number(steps):
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-127, 128, (2, 3, n, 7), dtype=torch.int8, generator=generator) for n in (4, 5))
+    a_step, b_step = (torch.rand(2, 3, n, generator=generator) for n in (4, 5))
+    got = spec.batched(a, a_step, b, b_step if steps else None, 0.3)
+    for i, j, r, o in ((i, j, r, o) for i in range(2) for j in range(3) for r in range(4) for o in range(5)):
+        total = sum(int(one) * int(other) for one, other in zip(a[i, j, r], b[i, j, o], strict=True))
+        value = np.float32(np.float32(total) * np.float32(a_step[i, j, r]))
+        if steps:
+            value = np.float32(np.float32(value * np.float32(b_step[i, j, o])) * np.float32(0.3))
+        assert np.float32(got[i, j, r, o]) == value
+
+
+def test_what_a_cache_of_codes_stands_for():
+    codes, step = torch.tensor([[[3, -127]]], dtype=torch.int8), torch.tensor([[0.1]])
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = [[[np.float32(3) * np.float32(0.1), np.float32(-127) * np.float32(0.1)]]]
+        assert torch.equal(spec.read_cache(codes, step, dtype), torch.tensor(expected).to(dtype))
+
+
+def test_more_keys_than_an_int32_can_sum_are_refused():
+    """All probabilities alike and all values full: one key more and the sum is over."""
+    q, k = torch.zeros(1, 1, 1, 4), torch.full((1, 1, spec.MAX_CHANNELS, 4), 127, dtype=torch.int8)
+    step = torch.ones(1, 1, spec.MAX_CHANNELS)
+    assert torch.allclose(spec.attention(q, k, step, k, step, 1.0), torch.tensor(127.0), rtol=1e-3)
+    k, step = torch.zeros(1, 1, spec.MAX_CHANNELS + 1, 4, dtype=torch.int8), torch.ones(1, 1, spec.MAX_CHANNELS + 1)
+    with pytest.raises(SqvizError, match="133145 keys"):
+        spec.attention(q, k, step, k, step, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["causal", "bool", "added", "none"])

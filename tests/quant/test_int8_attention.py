@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sqviz_kernels.dispatch import backends
 
 from sqviz.errors import SqvizError
 from sqviz.models.tiny import TINY, tiny
@@ -39,6 +40,20 @@ def test_is_what_the_definition_says_and_near_to_floats(name):
     _, acted = attending(name, "simulate")
     assert gap(logits(executed), logits(acted)) < 5e-3
     assert 1e-5 < gap(logits(executed), logits(lm)) < 0.2
+
+
+@pytest.mark.parametrize("backend", [name for name, why in backends().items() if why is None])
+def test_every_backend_computes_it_cached_and_not(backend):
+    _, executed = attending("LlamaForCausalLM", backend)
+    _, acted = attending("LlamaForCausalLM", "simulate")
+    whole, cache = logits(acted), Int8Cache(executed)
+    assert gap(logits(executed), whole) < 5e-3
+    with torch.no_grad():
+        steps = [
+            executed.model(input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in IDS.split([30, 1, 1, 8], 1)
+        ]
+    assert gap(torch.cat(steps, 1), whole) < 5e-3
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name.startswith(OWN)])
