@@ -38,6 +38,7 @@ _HOMES = {
     "sqviz.quant.smooth": ["smooth"],
     "sqviz.quant.alpha": ["search_alpha"],
     "sqviz.quant.found_alpha": ["FoundAlpha"],
+    "sqviz.quant.published_alpha": ["alpha_preset", "PUBLISHED_ALPHAS"],
     "sqviz.quant.non_scaling_norm": ["non_scaling_norms"],
     "sqviz.quant.kept_sinks": ["keep_sinks"],
     "sqviz.quant.methods": ["Method", "table_3_2", "frontier"],
@@ -55,6 +56,7 @@ _HOMES = {
     "sqviz.evaluation.result": ["Evaluation"],
     "sqviz.evaluation.items": ["Task", "choose"],
     "sqviz.evaluation.compare": ["compare"],
+    "sqviz.evaluation.alpha_curve": ["alpha_curve"],
     "sqviz.evaluation.granularity_picture": ["show_granularity"],
     "sqviz.evaluation.footprint": ["footprint", "fewest_devices"],
     "sqviz.evaluation.policies": [

@@ -103,7 +103,7 @@ def _forward(
     ids = ids.to(lm.device)
     with torch.no_grad():
         logits = lm.model(input_ids=ids, use_cache=False).logits  # [batch token vocabulary]
-        nll = [_nll(row, targets) for row, targets in zip(logits, ids, strict=True)]
+        nll = [token_nll(row, targets) for row, targets in zip(logits, ids, strict=True)]
     del logits
     for row in nll:
         if not bool(torch.isfinite(row).all()):
@@ -114,7 +114,7 @@ def _forward(
         yield row.cpu()
 
 
-def _nll(logits: Float[Tensor, "token vocabulary"], ids: Int64[Tensor, " token"]) -> Float[Tensor, " predicted"]:
+def token_nll(logits: Float[Tensor, "token vocabulary"], ids: Int64[Tensor, " token"]) -> Float[Tensor, " predicted"]:
     """−ln p of tokens 1 … from the logits at the position before each."""
     last = len(ids) - 1
     parts = [

@@ -116,10 +116,10 @@ def cost_curves(panels: Panels, title: str, x_title: str, *, log: bool = True, t
                 row=row,
                 col=1,
             )
-        axis = _log_axis([y for points in lines.values() for _, y in points]) if log else {"rangemode": "tozero"}
+        axis = log_axis([y for points in lines.values() for _, y in points]) if log else {"rangemode": "tozero"}
         figure.update_yaxes(title=name, row=row, col=1, **axis)
     xs = [x for lines in panels.values() for points in lines.values() for x, _ in points]
-    figure.update_xaxes(**(_log_axis(xs) if log else {"tickformat": ",d"}))
+    figure.update_xaxes(**(log_axis(xs) if log else {"tickformat": ",d"}))
     if log and len(set(xs)) < 8:  # a few sizes: these and no others
         figure.update_xaxes(tickvals=sorted(set(xs)), ticktext=[f"{x:,}" for x in sorted(set(xs))])
     figure.update_xaxes(title=x_title, row=len(panels), col=1)
@@ -133,7 +133,7 @@ def cost_curves(panels: Panels, title: str, x_title: str, *, log: bool = True, t
     return figure
 
 
-def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+def log_axis(values: Sequence[float]) -> dict[str, Any]:
     """A logarithmic axis on which all values fit."""
     lo, hi = math.log10(min(values)) - 0.08, math.log10(max(values)) + 0.08
     return {"type": "log", "range": [lo, hi], **log_ticks(lo, hi)}

@@ -1,34 +1,41 @@
-"""`FoundAlpha`: the strengths that a search has found, kept as JSON and reapplied; and those of the literature."""
+"""`FoundAlpha`: the strengths that a search has found: a map of them, kept as JSON, reapplied."""
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sqviz.errors import SqvizError
 from sqviz.models.linears import Group
 from sqviz.quant.plan import Folds
 from sqviz.tensorfile import write_bytes
 
-LITERATURE = {
-    "opt": 0.5,
-    "bloom": 0.5,
-    "glm": 0.75,
-    "llama": 0.85,
-    "mistral": 0.8,
-    "mixtral": 0.8,
-    "falcon": 0.6,
-}
-"""Published strengths by `config.model_type`: OPT, BLOOM and GLM-130B from thesis §3.4.1, others from smoothquant."""
+if TYPE_CHECKING:
+    import pandas
+
+    from sqviz.widgets.alpha_map import AlphaMapView
+
+_PLACE = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+"""Index of the block and kind of linear in "model.layers.3.mlp.down_proj": the first number is the block's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """One candidate on the segments that no search has seen: how it was found, and KL(p ‖ p̂) in nats per token."""
+    """One candidate: how it was found, and KL(p ‖ p̂) in nats per token.
+
+    Attributes:
+        name: the objective it was searched by, or "flat 0.5", or "none".
+        divergence: on the segments that no search has seen; this decides.
+        searched: on those that were searched on, where it is known.
+    """
 
     name: str
     divergence: float
+    searched: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,69 @@ class FoundAlpha:
         if group.name not in self.alphas:
             raise SqvizError(f"these strengths were found for {self.model}, which has no {group.name!r}. Search anew.")
         return self.alphas[group.name]
+
+    def place(self, name: str) -> tuple[int, str]:
+        """Block and kind of a group, from its name: (3, "mlp.down_proj")."""
+        found = _PLACE.search(name)
+        return (int(found[1]), found[2]) if found else (0, name)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row per group: its first linear, block, kind, α (NaN: not smoothed)."""
+        import pandas
+
+        rows = [(name, *self.place(name), alpha) for name, alpha in self.alphas.items()]
+        return pandas.DataFrame(rows, columns=["linear", "block", "kind", "alpha"])
+
+    def tried_to_frame(self) -> "pandas.DataFrame":
+        """One row per candidate, the best first: KL in nats per token on held segments, and on those searched on."""
+        import pandas
+
+        rows = [(one.name, one.divergence, one.searched, one.name == self.objective) for one in self.tried]
+        columns = ["candidate", "KL held, nats per token", "KL searched, nats per token", "kept"]
+        frame = pandas.DataFrame(rows, columns=columns).set_index("candidate")
+        return frame.drop(columns=columns[2]) if all(one.searched is None for one in self.tried) else frame
+
+    def map(self, **state: Any) -> "AlphaMapView":
+        """α of every linear by kind and block, with the candidates; `state`: traits of `AlphaMapView`."""
+        from sqviz.widgets.alpha_map import AlphaMapView
+
+        return AlphaMapView(self, **state)
+
+    def to_html(self, path: str | Path | None = None) -> str | Path:
+        """A page with the map: self-contained, no network. Written to `path`; None returns its text."""
+        return self.map().to_html(path)
+
+    def to_png(self, path: str | Path | None = None) -> bytes | Path:
+        """The map as a PNG, drawn without a browser. Written to `path`; None returns the bytes."""
+        return self.map().to_png(path)
+
+    def to_svg(self, path: str | Path | None = None) -> str | Path:
+        """The map as an SVG, drawn without a browser. Written to `path`; None returns its text."""
+        return self.map().to_svg(path)
+
+    def describe(self) -> str:
+        """One line for people: how it was found, for what, and how strong."""
+        given = sorted(alpha for alpha in self.alphas.values() if alpha is not None)
+        left = len(self.alphas) - len(given)
+        parts = [
+            f"searched by {self.objective} for {self.scheme.removeprefix('sqviz.')}",
+            "all folds" if self.folds == "all" else "norm folds",
+        ]
+        if given:
+            span = f"{given[0]:g}" if given[0] == given[-1] else f"{given[0]:g} … {given[-1]:g}"
+            parts.append(f"α = {span} for {len(given)} of {len(self.alphas)} inputs")
+        parts += [f"{left} not smoothed"] if left else []
+        parts += [] if self.complete else ["cancelled: the best so far"]
+        return "; ".join(parts)
+
+    def __repr__(self) -> str:
+        """Short; with a hash of the strengths, so that those of two are equal only if they are."""
+        kept = json.dumps([dict(self.alphas), self.tokens]).encode()
+        return f"FoundAlpha({self.model}: {self.describe()}; {hashlib.sha256(kept).hexdigest()[:16]})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        data, metadata = self.map()._repr_mimebundle_(**kwargs)
+        return data | {"text/plain": repr(self)}, metadata
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, in place of what may be there once it is complete."""

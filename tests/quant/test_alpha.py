@@ -1,5 +1,6 @@
 """The search for α: each objective against trying everything by hand, and what a cancel leaves."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -15,7 +16,7 @@ from sqviz.quant.alpha import GRID, HELD, SEARCHED, search_alpha
 from sqviz.quant.block import Blocks
 from sqviz.quant.clipping import LeastError
 from sqviz.quant.divergence import STRIDE
-from sqviz.quant.found_alpha import LITERATURE, FoundAlpha
+from sqviz.quant.found_alpha import FoundAlpha, Tried
 
 TOKENS = torch.randint(3, 131, (8 * 40,), generator=torch.Generator().manual_seed(1))
 
@@ -215,4 +216,34 @@ def test_what_cannot_be_searched_is_said(lm, m):
         search_alpha(lm, short, sqviz.W8A8)
     with pytest.raises(SqvizError, match="folds"):
         search_alpha(tiny("Olmo2ForCausalLM"), m, sqviz.W8A8, folds="norm")
-    assert set(LITERATURE) <= {"opt", "bloom", "glm", "llama", "mistral", "mixtral", "falcon"}
+
+
+def test_what_was_found_is_told_in_short_and_no_two_look_alike(lm, m):
+    found = search_alpha(lm, m, sqviz.SMOOTHQUANT_O1, "layer", progress=False)
+    frame = found.to_frame()
+    assert [*frame["linear"]] == [group.name for group in groups(lm)]
+    assert [*frame["block"]] == [group.block for group in groups(lm)]
+    assert [*frame["kind"]] == [group.kind for group in groups(lm)]
+    assert [None if x != x else x for x in frame["alpha"]] == [found.alphas[name] for name in frame["linear"]]
+    assert len(repr(found)) < 300
+    assert "searched by layer for SMOOTHQUANT_O1" in found.describe()
+    name = groups(lm)[0].name
+    other = dataclasses.replace(found, alphas={**found.alphas, name: 0.123})
+    assert sqviz.Method("a", sqviz.W8A8, found).key() != sqviz.Method("a", sqviz.W8A8, other).key()
+    assert sqviz.Method("a", sqviz.W8A8, found).key() == sqviz.Method("b", sqviz.W8A8, found).key()
+
+
+def test_candidates_stand_in_a_table(lm, m, tmp_path):
+    found = search_alpha(lm, m, sqviz.SMOOTHQUANT_O1, "layer", progress=False)
+    tried = (Tried("layer", 0.2, 0.1), Tried("flat 0.5", 0.3))
+    found = dataclasses.replace(found, tried=tried, complete=False)
+    frame = found.tried_to_frame()
+    assert [*frame.index] == ["layer", "flat 0.5"]
+    assert [*frame["KL held, nats per token"]] == [0.2, 0.3]
+    assert [*frame["kept"]] == [True, False]
+    assert frame["KL searched, nats per token"]["layer"] == 0.1
+    bare = dataclasses.replace(found, tried=(Tried("layer", 0.2),)).tried_to_frame()
+    assert "KL searched, nats per token" not in bare
+    assert "cancelled: the best so far" in repr(found)
+    found.save(tmp_path / "alpha.json")
+    assert FoundAlpha.load(tmp_path / "alpha.json") == found

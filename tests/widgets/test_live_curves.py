@@ -7,14 +7,14 @@ import torch
 
 from sqviz.progress import CancelToken
 from sqviz.streaming.perplexity import perplexity_within
-from sqviz.widgets import live_curves
+from sqviz.widgets import live_figure
 from sqviz.widgets.live_curves import LiveCurves
 
 NLL = torch.rand(200, generator=torch.Generator().manual_seed(0)) + 2
 
 
 def test_each_policy_has_its_line_which_grows(monkeypatch):
-    monkeypatch.setattr(live_curves, "REDRAW_SECONDS", 0)
+    monkeypatch.setattr(live_figure, "REDRAW_SECONDS", 0)
     live = LiveCurves(["window", "4 sinks"], 201, "title", CancelToken())
     with live:
         live("window", 101, NLL[:100])
@@ -31,7 +31,7 @@ def test_each_policy_has_its_line_which_grows(monkeypatch):
 
 
 def test_it_draws_no_faster_than_one_can_see_but_draws_the_end(monkeypatch):
-    monkeypatch.setattr(live_curves, "REDRAW_SECONDS", 1000)
+    monkeypatch.setattr(live_figure, "REDRAW_SECONDS", 1000)
     live = LiveCurves(["window"], 201, "title", CancelToken())
     with live:
         live("window", 101, NLL[:100])
