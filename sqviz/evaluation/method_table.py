@@ -1,22 +1,25 @@
 """`MethodTable`: what `compare` found, as a table and a picture (thesis Table 3.3)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from html import escape
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqviz.errors import SqvizError
 from sqviz.evaluation.comparison import change_shown
+from sqviz.evaluation.method_sheet import Sheet, change, label_of, sheet_of
 from sqviz.evaluation.result import Evaluation
 from sqviz.evaluation.scores import metric
-from sqviz.progress import in_notebook
 from sqviz.shown import Shown
 
 if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects
 
+    from sqviz.widgets.method_table import MethodTableView
     from sqviz.widgets.still import Still
+
+Against = Literal["size", "latency"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +33,7 @@ class MethodRow:
         milliseconds: reading 128 tokens, executed in integers; None if that was not measured or cannot be.
         itself: the same of the model itself, in the same run.
         error: why there are no scores.
+        untimed: why there are no milliseconds, if they were asked for.
     """
 
     name: str
@@ -39,6 +43,7 @@ class MethodRow:
     milliseconds: float | None
     itself: float | None
     error: str = ""
+    untimed: str = ""
 
     def plain(self) -> dict[str, Any]:
         """As JSON knows it."""
@@ -48,8 +53,9 @@ class MethodRow:
 
     @classmethod
     def read(cls, held: Mapping[str, Any]) -> "MethodRow":
-        """What `plain` made."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        """What `plain` made; a field that has a default may be missing. Raises `KeyError`, `SqvizError`."""
+        plain = dataclasses.MISSING
+        names = [field.name for field in dataclasses.fields(cls) if field.name in held or field.default is plain]
         return cls(**{**{name: held[name] for name in names}, "evaluation": Evaluation.from_json(held["evaluation"])})
 
 
@@ -60,12 +66,17 @@ class MethodTable(Shown):
     Attributes:
         model: its name.
         rows: finished ones, in the order asked for.
-        complete: False if the comparison was cancelled.
+        missing: names of those that were not reached, because the comparison was cancelled.
     """
 
     model: str
     rows: tuple[MethodRow, ...]
-    complete: bool = True
+    missing: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row asked for is there."""
+        return not self.missing
 
     def __getitem__(self, name: str) -> MethodRow:
         """The row of a method. Raises `SqvizError` if there is none."""
@@ -78,91 +89,78 @@ class MethodTable(Shown):
         """One row per method: scores, their change against the first row with a 95 % interval, size, latency."""
         import pandas
 
-        return pandas.DataFrame([self._values(row) for row in self.rows]).set_index("method")
+        values = [self._values(row) for row in self.rows]
+        return pandas.DataFrame(values, columns=None if values else ["method"]).set_index("method")
 
-    @property
-    def panels(self) -> dict[str, dict[str, float]]:
-        """What `figure` shows: the first metric of each task, and the size, by method."""
-        found: dict[str, dict[str, float]] = {}
-        for row in self.rows:
-            seen: set[str] = set()
-            for score in () if row.evaluation is None else row.evaluation.scores:
-                if score.task not in seen and score.value is not None:
-                    seen.add(score.task)
-                    known = metric(score.metric, score.higher_is_better)
-                    title = f"{score.task}: {known.label}{f', {known.unit}' if known.unit else ''}"
-                    found.setdefault(title, {})[row.name] = score.value * known.scale
-        whole = {name: values for name, values in found.items() if len(values) == len(self._scored)}
-        return whole | {"weights, MB": {row.name: row.bytes / 1e6 for row in self._scored}}
+    def sheet(self) -> Sheet:
+        """Columns and rows as plain values; see `method_sheet`."""
+        return sheet_of(self.rows)
 
-    def figure(self) -> "plotly.graph_objects.Figure":
-        """A bar per method for each quantity."""
-        from sqviz.plots.bars import bars
+    def view(self) -> "MethodTableView":
+        """The table as a widget: columns sort, changes are drawn with their intervals."""
+        from sqviz.widgets.method_table import MethodTableView
 
-        return bars(self.panels, self._title)
+        return MethodTableView(title=self.title, sheet=self.sheet())
+
+    def figure(self, against: Against = "size") -> "plotly.graph_objects.Figure":
+        """The first metric against the size of the weights, or against measured latency; a point per method.
+
+        Raises:
+            SqvizError: `against` is neither, or no row has both numbers.
+        """
+        from sqviz.plots.methods import methods_figure
+
+        if against not in ("size", "latency"):
+            raise SqvizError(f"against={against!r}: 'size' or 'latency' is allowed.")
+        return methods_figure(self.sheet(), "size" if against == "size" else "time", self.title)
 
     def still(self) -> "Still":
-        """The picture of `figure`, drawn without a browser."""
-        from sqviz.widgets.bars_still import bars_still
+        """The table with its intervals, drawn without a browser."""
+        from sqviz.widgets.method_table_still import method_table_still
 
-        return bars_still(self.panels, self._title, "size as deployed; the first row is the model itself")
+        return method_table_still(self.sheet(), self.title)
+
+    def to_html(self, path: str | Path | None = None) -> str | Path:
+        """A page with the table, its columns sort: no kernel, no network. Written to `path`; None returns its text."""
+        view = self.view()
+        try:
+            return view.to_html(path)
+        finally:
+            view.close()
 
     @property
-    def _scored(self) -> list[MethodRow]:
-        return [row for row in self.rows if row.evaluation is not None]
-
-    @property
-    def _title(self) -> str:
-        return f"Quantised in {len(self.rows)} ways · {self.model}" + ("" if self.complete else " (not finished)")
+    def title(self) -> str:
+        """Over the table: how many methods, of which model."""
+        of = "" if self.complete else f" of {len(self.rows) + len(self.missing)}"
+        return f"{len(self.rows)}{of} methods · {self.model}" + ("" if self.complete else " (not finished)")
 
     def _values(self, row: MethodRow) -> dict[str, Any]:
         values: dict[str, Any] = {"method": row.name, "what": row.describe}
-        first = self.rows[0].evaluation
         for score in () if row.evaluation is None else row.evaluation.scores:
-            known = metric(score.metric, score.higher_is_better)
-            label = f"{score.task} {known.label}{f', {known.unit}' if known.unit else ''}"
+            label, known = label_of(score), metric(score.metric, score.higher_is_better)
             values[label] = None if score.value is None else score.value * known.scale
-            if first is not None and row is not self.rows[0] and score.value is not None and row.evaluation is not None:
-                change, interval = change_shown((row.evaluation - first)[score.task, score.metric])
-                values[f"{label}: change"] = change
-                values[f"{label}: 95 % interval"] = interval
+            if row is not self.rows[0] and (found := change(row.evaluation, self.rows[0].evaluation, score)):
+                values[f"{label}: change"], values[f"{label}: 95 % interval"] = change_shown(found)
         values["weights, MB"] = row.bytes / 1e6
         values["128 tokens, ms"] = row.milliseconds
         values["× faster"] = row.itself / row.milliseconds if row.itself and row.milliseconds else None
         values["why not"] = row.error
         return values
 
-    def _shown(self) -> "pandas.DataFrame":
-        """The frame without columns that hold nothing."""
-        frame = self.to_frame()
-        return frame[
-            [name for name in frame if frame[name].map(lambda cell: cell not in (None, "") and cell == cell).any()]
-        ]
-
     def __repr__(self) -> str:
         if not self.rows:
-            return f"{self._title}: no row is finished"
-        return f"{self._title}\n{self._shown().to_string(float_format=_number, na_rep='')}"
-
-    def to_table(self) -> str:
-        """An HTML table, which takes its colours from the page."""
-        if not self.rows:
-            return f"<p>{escape(self._title)}: no row is finished</p>"
-        table = self._shown().to_html(float_format=_number, na_rep="", border=0)
-        return f"<p>{escape(self._title)}</p><div style='overflow-x: auto'>{table}</div>"
+            return f"{self.title}: no row is finished"
+        frame = self.to_frame()
+        full = [name for name in frame if frame[name].map(lambda cell: cell not in (None, "") and cell == cell).any()]
+        return f"{self.title}\n{frame[full].to_string(float_format=_number, na_rep='')}"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        return {"text/html": self.to_table(), "text/plain": repr(self)}
+        """HTML that is a table everywhere and the view where scripts run: in a saved notebook too, without a kernel."""
+        from sqviz.widgets.live_methods import gives_way
+        from sqviz.widgets.method_table import as_html
 
-
-def live_table() -> Callable[[MethodTable], None]:
-    """Shows a table in the notebook cell that runs, in place of the one before; does nothing where there is no cell."""
-    if not in_notebook():
-        return lambda table: None
-    from IPython.display import display
-
-    handle: Any = display({"text/plain": "the first row is being computed"}, raw=True, display_id=True)
-    return lambda table: handle.update(table)
+        gives_way(self)
+        return {"text/html": as_html(self.title, self.sheet()), "text/plain": repr(self)}
 
 
 def _number(value: float) -> str:

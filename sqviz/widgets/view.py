@@ -115,14 +115,14 @@ class View(anywidget.AnyWidget):
         return data, metadata
 
 
-def _plain(value: Any) -> Any:
+def plain_state(value: Any) -> Any:
     """A trait's value as JSON. Bytes become {"base64": ...}; the page makes a DataView, as live widgets do."""
     if isinstance(value, bytes | bytearray | memoryview):
         return {"base64": base64.b64encode(value).decode("ascii")}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_state(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_state(item) for item in value]
     return value
 
 
@@ -148,10 +148,10 @@ def build_page(title: str, script: str, style: str, state: Mapping[str, Any], he
 </head>
 <body>
 <main id="view"></main>
-<script type="application/json" id="state">{script_json(_plain(state))}</script>
+<script type="application/json" id="state">{script_json(plain_state(state))}</script>
 <script type="application/json" id="module">{script_json(script)}</script>
 <script>
-{read_files(("page.js",))}
+{read_files(("page_model.js", "page.js"))}
 </script>
 </body>
 </html>
