@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 from sqviz.errors import SqvizError
 from sqviz.evaluation.paired import Difference, NotComparable, difference
 from sqviz.evaluation.scores import Score, metric
+from sqviz.shown import Shown
 
 if TYPE_CHECKING:
     import pandas
+    import plotly.graph_objects
+
+    from sqviz.plots.changes import Changes, Verdict
+    from sqviz.widgets.still import Still
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Paired differences between two models.
 
     Attributes:
@@ -42,6 +47,38 @@ class Comparison:
             flat["normal low"], flat["normal high"] = row.normal or (None, None)
             rows.append(flat | {"verdict": row.verdict})
         return pandas.DataFrame(rows).set_index(["task", "metric"])
+
+    @property
+    def panels(self) -> "Changes":
+        """What `figure` shows: changes with their intervals, by the unit that they are in."""
+        from sqviz.plots.changes import Change
+
+        found: dict[str, list[Change]] = {}
+        for row in self.rows:
+            scale, unit, none = _scale(row)
+            label = metric(row.metric, row.higher_is_better).label
+            what = {"points": "accuracy", "%": "perplexity"}.get(unit, label)
+            axis = f"change in {what}, {unit}".removesuffix(", ")
+            name = label if row.task == label else f"{row.task} · {label}"
+            low, high = (None if end is None else (end - none) * scale for end in (row.low, row.high))
+            verdict: Verdict = "not told apart from noise"
+            if row.significant:
+                verdict = "better" if row.better else "worse"
+            made = Change(name, (row.change - none) * scale, low, high, verdict)
+            found.setdefault(axis, []).append(made)
+        return found
+
+    def figure(self) -> "plotly.graph_objects.Figure":
+        """A row per score: the change, its 95 % interval, and by shape whether it can be told apart from noise."""
+        from sqviz.plots.changes import changes
+
+        return changes(self.panels, f"{self.model}<br>against {self.reference}, 95 % intervals")
+
+    def still(self) -> "Still":
+        """The picture of `figure`, drawn without a browser."""
+        from sqviz.widgets.changes_still import changes_still
+
+        return changes_still(self.panels, self.model, f"against {self.reference}, paired by item, 95 % intervals")
 
     def __repr__(self) -> str:
         from sqviz.evaluation.table import comparison_text
@@ -75,12 +112,16 @@ def compare(
 
 def change_shown(row: Difference) -> tuple[str, str]:
     """A change and its interval for people: percentage points for an accuracy, per cent for a perplexity."""
-    if row.relative:
-        scale, unit, none = 100.0, "%", 1.0
-    else:
-        known = metric(row.metric, row.higher_is_better)
-        scale, unit, none = known.scale, "points" if known.unit == "%" else known.unit, 0.0
+    scale, unit, none = _scale(row)
     digits = 2 if scale == 100 else 4
     low, high = ((None if end is None else (end - none) * scale) for end in (row.low, row.high))
     interval = "one item: none" if low is None or high is None else f"{low:+.{digits}f} … {high:+.{digits}f}"
     return f"{(row.change - none) * scale:+.{digits}f} {unit}".rstrip(), interval
+
+
+def _scale(row: Difference) -> tuple[float, str, float]:
+    """How a change is shown: what it is multiplied by, the unit then, and the value that stands for no change."""
+    if row.relative:
+        return 100.0, "%", 1.0
+    known = metric(row.metric, row.higher_is_better)
+    return known.scale, "points" if known.unit == "%" else known.unit, 0.0

@@ -28,8 +28,12 @@ class EvaluationCancelled(Cancelled):
     """`evaluate` was stopped on request; `partial` is the evaluation of the tasks that were finished."""
 
     def __init__(self, message: str, partial: Evaluation) -> None:
-        super().__init__(message)
-        self.partial = partial
+        kept = list(dict.fromkeys(score.task for score in partial.scores))
+        super().__init__(
+            f"{message}. Finished: {', '.join(kept) or 'no task'}"
+            + ("; their scores are this exception's `partial` (sys.last_value.partial in a notebook)" if kept else "")
+        )
+        self.stopped, self.partial = message, partial
 
 
 def evaluate(
@@ -74,7 +78,8 @@ def evaluate(
             and a model without tokenizer, `TextTooShort`, `NonFinite`; `NotComparable` for a reference that saw other
             items; `Unavailable` for a task of the hub without lm-eval.
         DownloadError: the hub cannot be reached.
-        EvaluationCancelled: stopped through `cancel`; its `partial` holds the scores of finished tasks.
+        EvaluationCancelled: stopped through `cancel`, the progress bar's button or Ctrl-C; its `partial` holds the
+            scores of finished tasks.
     """
     check_count(batch, "batch", "prompts or segments per forward pass")
     if limit is not None:
@@ -93,7 +98,7 @@ def evaluate(
             other = _run(Evaluation(_name(reference), (), None, seed), others, cancel, progress)
         except EvaluationCancelled as stopped:
             finished = stopped.partial if stopped.partial.scores else None
-            raise EvaluationCancelled(str(stopped), dataclasses.replace(found, reference=finished)) from stopped
+            raise EvaluationCancelled(stopped.stopped, dataclasses.replace(found, reference=finished)) from stopped
         found = dataclasses.replace(found, reference=other)
     return found
 
@@ -105,6 +110,8 @@ def _run(found: Evaluation, ready: Sequence[Job], cancel: CancelToken | None, sh
             scores = job.run(cancel, show)
         except Cancelled as stopped:
             raise EvaluationCancelled(str(stopped), found) from stopped
+        except KeyboardInterrupt as stopped:
+            raise EvaluationCancelled(f"{job.name} was interrupted", found) from stopped
         found = dataclasses.replace(found, scores=(*found.scores, *scores))
     return found
 

@@ -117,6 +117,15 @@ class Evaluation:
             "reference": None if self.reference is None else self.reference._plain(),
         }
 
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str | Path:
+        """A page with the tables that a notebook shows. Written to `path` in one step; None returns its text.
+
+        The changes against a reference as a picture: `evaluation.comparison.to_html(…)`, `to_png`, `to_svg`.
+        """
+        from sqviz.evaluation.table import evaluation_page
+
+        return evaluation_page(self) if path is None else _written(evaluation_page(self), Path(path))
+
     def __repr__(self) -> str:
         from sqviz.evaluation.table import evaluation_text
 

@@ -15,6 +15,12 @@ from sqviz.evaluation.scores import metric
 _SCORES = ("task", "metric", "value ± standard error", "items", "seconds", "note")
 _CHANGES = ("task", "metric", "value", "reference", "change", "95 % interval", "verdict")
 
+_PAGE_STYLE = (
+    ":root{color-scheme:light dark}body{font:14px system-ui,sans-serif;margin:1em;overflow-x:auto}"
+    "table{border-collapse:collapse;margin-bottom:2em}caption{font-weight:bold;text-align:left;padding:.4em 0}"
+    "th,td{text-align:left;padding:.2em .9em .2em 0}tbody tr{border-top:1px solid #8884}"
+)
+
 Rows = list[tuple[str, ...]]
 
 
@@ -31,6 +37,14 @@ def evaluation_html(evaluation: Evaluation) -> str:
     table = _table(_line(evaluation), _SCORES, _score_rows(evaluation))
     comparison = evaluation.comparison
     return table if comparison is None else table + comparison_html(comparison)
+
+
+def evaluation_page(evaluation: Evaluation) -> str:
+    """The tables as a page of their own, light or dark as the reader has it."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(_line(evaluation))}</title>'
+        f"<style>{_PAGE_STYLE}</style><body>{evaluation_html(evaluation)}</body></html>"
+    )
 
 
 def comparison_text(comparison: Comparison) -> str:

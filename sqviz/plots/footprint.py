@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import plotly.graph_objects as go
 
-from sqviz.plots.template import Theme, template
+from sqviz.plots.template import Theme, template, wrapped
 
 Stacks = Mapping[str, Mapping[str, float]]
 """Size by label and by part."""
@@ -19,6 +19,8 @@ def sum_text(parts: Mapping[str, float]) -> str:
 def stacked(stacks: Stacks, title: str, unit: str, *, limit: float | None = None, theme: Theme = "either") -> go.Figure:
     """Labels downwards, parts from left to right; `limit` is drawn as a line across all bars."""
     labels = list(stacks)
+    lines = {label: wrapped(label, 26) for label in labels}
+    title = wrapped(title)
     parts = list(dict.fromkeys(part for sizes in stacks.values() for part in sizes))
     colours = template(theme).layout.colorway
     figure = go.Figure()
@@ -40,10 +42,20 @@ def stacked(stacks: Stacks, title: str, unit: str, *, limit: float | None = None
         line = {"dash": "dash", "color": template(theme).layout.font.color}
         figure.add_vline(x=limit, line=line, annotation_text=f"{limit:g}", annotation_position="top")
     figure.update_xaxes(title=unit, range=[0, 1.15 * max([*sums.values(), limit or 0.0])])
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_layout(template=template(theme), title=title, barmode="stack", bargap=0.35)
+    figure.update_yaxes(autorange="reversed", automargin=True, tickvals=labels, ticktext=list(lines.values()))
+    figure.update_layout(template=template(theme), barmode="stack", bargap=0.35)
+    figure.update_layout(title={"text": title, "x": 0.01, "xref": "container"})
+    top = 46 + 24 * (1 + title.count("<br>"))
     return figure.update_layout(
-        height=220 + 44 * len(labels),
-        margin={"t": 70, "b": 90},
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "traceorder": "normal"},
+        height=150 + top + sum(28 + 16 * (1 + line.count("<br>")) for line in lines.values()),
+        margin={"t": top, "b": 90, "l": 20},
+        legend={
+            "orientation": "h",
+            "xref": "container",
+            "x": 0.01,
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "traceorder": "normal",
+        },
     )

@@ -1,6 +1,7 @@
 """The look that all plotly figures of sqviz share: colour-blind-safe colours, quiet axes, light, dark or for either."""
 
 import functools
+import textwrap
 from typing import Any, Literal
 
 import plotly.graph_objects as go
@@ -16,6 +17,7 @@ SERIES = {
 _INK = {"light": "#1b1b1b", "dark": "#e8e8e8", "either": "#7b7b7b"}
 _PAPER = {"light": "#ffffff", "dark": "#111111", "either": "rgba(0,0,0,0)"}
 _GRID = {"light": "#dcdcdc", "dark": "#383838", "either": "rgba(128,128,128,0.25)"}
+_TIED = "\u00a0"
 MAGNITUDE = "Viridis"
 """The colour scale of magnitudes; perceptually even, and readable in grey and by the colour-blind."""
 
@@ -53,3 +55,15 @@ def template(theme: Theme = "either") -> go.layout.Template:
             "hoverlabel": {"font": {"size": 12}},
         }
     )
+
+
+def wrapped(text: str, width: int = 50) -> str:
+    """A title or a label on several lines, of `width` characters at most, so that a narrow window does not cut it off.
+
+    Lines that are there already (<br>) stay; what stands between two " · " stays together if it fits into a line.
+    """
+    lines = []
+    for line in text.split("<br>"):
+        parts = [part.replace(" ", _TIED) if len(part) <= width else part for part in line.split(" · ")]
+        lines += textwrap.wrap(f"{_TIED}· ".join(parts), width, break_on_hyphens=False)
+    return "<br>".join(lines).replace(_TIED, " ")

@@ -1,5 +1,6 @@
 """`evaluate`: what it takes, what it gives, how it stops, and how its results are kept."""
 
+import itertools
 import json
 import math
 
@@ -277,6 +278,7 @@ def test_a_cancelled_evaluation_keeps_what_is_finished(reader, files):
     with Counted(reader, token, stop=8 + 3), pytest.raises(EvaluationCancelled, match="piqa was cancelled") as caught:
         evaluate(reader, tasks, cancel=token, **QUIET)
     assert isinstance(caught.value, Cancelled)
+    assert "Finished: rte; their scores are this exception's `partial`" in str(caught.value)
     partial = caught.value.partial
     assert [score.task for score in partial.scores] == ["rte"]
     assert partial["rte"].value == whole["rte"].value
@@ -296,6 +298,21 @@ def test_cancelled_while_the_reference_runs(reader, files):
         assert repr(partial)
 
 
+def test_control_c_keeps_what_is_finished(reader, files):
+    def press(*_):
+        if next(calls) == 8 + 3:
+            raise KeyboardInterrupt
+
+    calls = itertools.count(1)
+    hook = reader.model.register_forward_pre_hook(press)
+    try:
+        with pytest.raises(EvaluationCancelled, match=r"piqa was interrupted\. Finished: rte") as caught:
+            evaluate(reader, {name: files[name] for name in ("rte", "piqa", "copa")}, **QUIET)
+    finally:
+        hook.remove()
+    assert [score.task for score in caught.value.partial.scores] == ["rte"]
+
+
 def test_cancelled_before_it_began(reader):
     token = CancelToken()
     token.cancel()
@@ -303,6 +320,7 @@ def test_cancelled_before_it_began(reader):
         evaluate(reader, text=WORDS, length=40, cancel=token, **QUIET)
     assert counted.calls == 0
     assert caught.value.partial.scores == ()
+    assert str(caught.value) == "perplexity was cancelled. Finished: no task"
     assert repr(caught.value.partial)
 
 
@@ -327,6 +345,8 @@ def test_to_json_and_back(result, tmp_path):
             assert torch.equal(one.items, same.items)
             assert (one.value, one.content, one.seconds) == (same.value, same.content, same.seconds)
     assert json.loads(path.read_text(encoding="utf-8"))["format"] == FORMAT
+    assert result.to_html(tmp_path / "page.html").read_text(encoding="utf-8") == result.to_html()
+    (tmp_path / "page.html").unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["int8.json"]
 
 
@@ -384,6 +404,10 @@ def test_it_shows_itself(result):
     assert "style" not in html  # no colours of its own
     with pytest.raises(SqvizError, match="no score 'x'; there are: perplexity perplexity, perplexity bits_per_byte"):
         result["x"]
+    page = result.to_html()
+    assert page.startswith("<!doctype html>")
+    assert html in page
+    assert "http" not in page
     assert repr(result["piqa"]).startswith("Score(piqa acc: ")
     assert repr(Evaluation("m", ()))
     assert Evaluation("m", ()).to_frame().empty

@@ -257,6 +257,12 @@ def test_a_comparison_shows_itself():
     assert "&lt;b&gt;" in html
     assert "<b>" not in html
     assert found._repr_mimebundle_() == {"text/plain": text, "text/html": html}
+    panels = found.panels
+    assert list(panels) == ["change in accuracy, points", "change in bits per byte, bit/B"]
+    (accuracy,), (bits,) = panels.values()
+    assert (accuracy.label, accuracy.verdict, bits.verdict) == ("<b> · accuracy", "worse", "not told apart from noise")
+    row = found["<b>"]
+    assert (accuracy.change, accuracy.low, accuracy.high) == (-30.0, 100 * row.low, 100 * row.high)
     frame = found.to_frame()
     assert frame.loc[("<b>", "acc"), "change"] == pytest.approx(-0.3)
     assert frame.loc[("t", "bits_per_byte"), "verdict"].startswith("cannot be told apart")
