@@ -1,6 +1,13 @@
-"""A model's folder, which is there whole or not at all; what stands in it beside the weights."""
+"""A model's folder, which is there whole or not at all; what stands in it beside the weights.
+
+It is written under another name, hidden beside its place. A process that is killed cannot clean up after itself: what
+it leaves goes when the same folder is written again. The part that is being written is locked, so that it is not taken
+for one that was left.
+"""
 
 import copy
+import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +17,9 @@ from typing import Any
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
+
+PART = ".sqviz-part"
+"""How folders end that are being written."""
 
 
 def new_place(folder: str | Path) -> Path:
@@ -38,13 +48,15 @@ def filled(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
     part: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(target)
         _require_room(target, needed_bytes)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield part
-        part.chmod(0o755)
-        if target.exists():
-            target.rmdir()  # empty, or it raises
-        part.rename(target)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+        with _locked(part):
+            yield part
+            part.chmod(0o755)
+            if target.exists():
+                target.rmdir()  # empty, or it raises
+            part.rename(target)
     except BaseException:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
@@ -52,6 +64,34 @@ def filled(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
             with suppress(OSError):
                 parent.rmdir()
         raise
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[bool]:
+    """Hold the lock of a folder, if nobody else does; whether it is held. It goes with the process, however it ends."""
+    if os.name != "posix":
+        yield False
+        return
+    import fcntl
+
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process writes it, or this disk knows no locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def _clear_abandoned(target: Path) -> None:
+    """Remove what processes left that were killed while they wrote `target`."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{PART}"):
+        with _locked(left) as abandoned:
+            if abandoned and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _require_room(target: Path, needed_bytes: int) -> None:

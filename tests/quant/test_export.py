@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import platform
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -614,6 +617,43 @@ def test_cancelled_between_two_tensors(tmp_path, monkeypatch):
     with pytest.raises(Cancelled):
         export(tiny("LlamaForCausalLM"), tmp_path / "a", scheme=SMOOTHQUANT_LLAMA, cancel=token)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no process can be killed like this, and no folder locked")
+def test_what_a_killed_process_leaves_goes_with_the_next(tmp_path):
+    """kill -9 in the middle of the second file: no folder of that name; the next export takes the leftovers away."""
+    killed = """
+import os, sys
+from sqviz.models.tiny import tiny
+from sqviz.quant import shards
+from sqviz.quant.export import export
+write = shards.write_tensors
+def write_tensors(tensors, metadata, path):
+    if "00002" in path.name:
+        path.write_bytes(b"half of it")
+        os.kill(os.getpid(), 9)
+    write(tensors, metadata, path)
+shards.write_tensors = write_tensors
+export(tiny("LlamaForCausalLM"), sys.argv[1], max_shard_size="20KB")
+"""
+    target = tmp_path / "model [1]"
+    assert subprocess.run([sys.executable, "-c", killed, str(target)], check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".model [1].")
+    assert not target.exists()
+    lm = tiny("LlamaForCausalLM")
+    with folders.filled(target), folders.filled(tmp_path / "model"):  # one is being written, and is left alone
+        running = {path.name for path in tmp_path.iterdir()}
+        assert len(running) == 2
+        assert left.name not in running
+        with folders.filled(target.with_name("other")):
+            assert running < {path.name for path in tmp_path.iterdir()}
+        folders._clear_abandoned(target)
+        assert running == {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    shutil.rmtree(target)
+    (tmp_path / ".model [1].mine").mkdir()
+    export(lm, target)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model [1]", "other", ".model [1].mine"}
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
