@@ -43,6 +43,7 @@ _HOMES = {
     "sqviz.quant.kept_sinks": ["keep_sinks"],
     "sqviz.quant.methods": ["Method", "table_3_2", "frontier"],
     "sqviz.quant.linear": ["quantize"],
+    "sqviz.quant.precision_map": ["precision_map", "PrecisionMap"],
     "sqviz.quant.int8_cache": ["Int8Cache"],
     "sqviz.quant.export": ["export"],
     "sqviz.quant.checkpoint": ["save_int8", "load_int8"],

@@ -25,15 +25,19 @@ _REFUSED = {
 }
 
 
+def obstacle(lm: LM) -> str:
+    """Why a model's attention cannot be computed in INT8, in words; "" if it can."""
+    if not getattr(lm.model, "_supports_attention_backend", False):
+        return "transformers computes its attention inside of the model, where no other can be put"
+    return next((words for key, words in _REFUSED.items() if getattr(lm.config, key, None)), "")
+
+
 def use(lm: LM, model: nn.Module, backend: Backend | None) -> None:
     """Let a shared copy of `lm.model` compute its attention in INT8: on a backend, or acted out by `spec`.
 
     Raises `SqvizError` for a model that computes its attention itself.
     """
-    why = next((words for key, words in _REFUSED.items() if getattr(lm.config, key, None)), None)
-    if not getattr(model, "_supports_attention_backend", False):
-        why = "transformers computes its attention inside of the model, where no other can be put"
-    if why:
+    if why := obstacle(lm):
         raise SqvizError(
             f"attention=True: {type(model).__name__} cannot have INT8 attention: {why}. Use attention=False."
         )
