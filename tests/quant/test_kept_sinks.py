@@ -10,7 +10,7 @@ from sqviz.errors import SqvizError
 from sqviz.models.linears import groups
 from sqviz.models.tiny import TINY, tiny
 from sqviz.observe.hooks import activations
-from sqviz.quant.kept_sinks import choose_sinks, sinks_of
+from sqviz.quant.kept_sinks import _candidates, choose_sinks, sinks_of
 
 TEXT = torch.arange(96) * 37 % 131
 SINKS = torch.tensor([7, 90, 3])
@@ -103,20 +103,47 @@ def test_quantising_leaves_the_sinks_in_full_precision(backend):
 
 
 def test_sinks_are_chosen_greedily_among_those_that_lower_the_largest_inputs():
-    """Against the loop that reads candidates and text together and takes the best one after the other."""
+    """Against the loop that reads kept tokens and texts together, also texts that a tried token begins."""
     lm = tiny("LlamaForCausalLM")
     found = choose_sinks(lm, TEXT, samples=1, length=96)
     assert 1 <= len(found) <= 4
+    tried = _candidates(lm, TEXT[None])
+    begun = [torch.cat([one, TEXT[1:]]) for one in tried.split(1)]
 
-    def height(tokens):
+    def height(tokens, texts):
         tallest = []
         for group in groups(lm):
-            x = activations(lm, torch.cat([tokens, TEXT]), [group.name])[group.name]
-            tallest.append(x[len(tokens) :].abs().max().log())
-        return float(torch.stack(tallest).mean().exp())
+            inputs = [activations(lm, torch.cat([tokens, text]), [group.name])[group.name] for text in texts]
+            tallest.append(float(max(x[len(tokens) :].abs().max() for x in inputs)))
+        return sum(tallest) / len(tallest)
 
-    heights = [height(found[:count]) for count in range(len(found) + 1)]
-    assert all(after <= 0.99 * before for before, after in itertools.pairwise(heights)) or len(found) == 1
+    first = [height(one, [TEXT]) for one in tried.split(1)]
+    place = tried.tolist().index(int(found[0]))
+    assert all(first[place] <= 0.96 * other for other in first[:place])
+    assert all(other >= 0.94 * first[place] for other in first[place:])
+    heights = [height(found[:count], [TEXT, *begun]) for count in range(1, len(found) + 1)]
+    assert all(after <= 0.96 * before for before, after in itertools.pairwise(heights))
+    if len(found) < 4:
+        assert all(height(torch.cat([found, one]), [TEXT, *begun]) >= 0.94 * heights[-1] for one in tried.split(1))
+
+
+@pytest.mark.embedded
+def test_a_text_begun_by_a_kept_token_makes_no_sink_of_it():
+    """One kept comma leaves the comma that begins a text as large as it was: it sees nothing but commas."""
+    lm = sqviz.load()
+    found = choose_sinks(lm)
+    name = "model.layers.11.mlp.down_proj"
+    text = sqviz.text().tokens(lm.tokenizer, limit=64)
+
+    def largest(sinks, first):
+        ids = torch.cat([torch.tensor(sinks, dtype=torch.int64), torch.tensor([first]), text[1:]])
+        return float(activations(lm, ids, [name])[name][len(sinks) :].abs().max())
+
+    for token in found.tolist():
+        assert largest([token], token) > 1000
+        assert largest(found.tolist(), token) < 100
+    assert largest(found.tolist(), int(text[0])) < 100
+    assert largest([], int(text[0])) > 1000
 
 
 def test_what_would_lose_or_miscount_the_sinks_is_refused(tmp_path):
