@@ -149,7 +149,7 @@ def _grid(layout: Layout) -> dict[str, Any]:
 
 def _draw_block(picture: Still, box: Box, layout: Layout, view: PrecisionView) -> None:
     left, right = layout.columns
-    wide, tall = min(104.0, box.width / (right - left)), 34.0
+    wide, tall = min(108.0, box.width / (right - left)), 34.0
     at = lambda place: (box.x + (place[0] - left) * wide, box.y + (place[1] + 0.3) * tall)  # noqa: E731
     for _, _, corners in layout.lines:
         picture.line([at(corner) for corner in corners], colour=DIM, width=0.8)
@@ -163,7 +163,7 @@ def _draw_block(picture: Still, box: Box, layout: Layout, view: PrecisionView) -
         picture.rectangle(Box(x - half, y - 13, 2 * half, 26), fill=fill, outline=DIM)
         if one.name == view.operator:
             picture.rectangle(Box(x - half - 2, y - 15, 2 * half + 4, 30), outline=INK)
-        room = int(2 * half / 5.2)
+        room = int(2 * half / 4.9)
         title = one.title if len(one.title) <= room else one.title[: room - 1] + "…"
         picture.text(x, y - 6, title, size=9.5, colour=ink, anchor="mm")
         picture.text(x, y + 6, shown(view.value(one), one.quantised), size=8.5, colour=ink, anchor="mm")

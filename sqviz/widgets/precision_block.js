@@ -19,7 +19,7 @@ function makeBlock(parent, tooltip, { choose, step }) {
     const { operators, layout, measure, chosen } = state;
     const focused = frame.contains(document.activeElement) ? document.activeElement.dataset.name : null;
     const [left, right] = layout.columns;
-    const wide = Math.min(120, frame.clientWidth / (right - left));
+    const wide = Math.min(132, frame.clientWidth / (right - left));
     const offset = (frame.clientWidth - wide * (right - left)) / 2;
     const at = ([column, row]) => [offset + (column - left) * wide, (row + 0.45) * PM_ROW];
     frame.style.height = `${layout.rows * PM_ROW + 4}px`;

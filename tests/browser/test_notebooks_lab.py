@@ -68,6 +68,27 @@ def test_alpha_moves_by_mouse_and_keyboard_in_02(lab_page, screenshots):
 
 
 @pytest.mark.timeout(900)
+def test_an_operator_is_clicked_in_05(lab_page, screenshots):
+    lab = lab_page(NOTEBOOKS / "05_precision_map.ipynb", width=1280, height=1100)
+    lab.run_all(timeout_seconds=60 * MINUTES)
+    page = lab.page
+    lab.command("notebook:move-cursor-up")
+    page.locator(".pm-block").scroll_into_view_if_needed(timeout=WAIT_MS)
+    for name in ("self_attn.v_proj", "qk", "add"):
+        page.locator(f".pm-op[data-name='{name}']").click()
+        code = (
+            f"import json; one = found.operator(28, {name!r}); print(json.dumps([one.title, one.local, one.in_model]))"
+        )
+        title, local, in_model = json.loads(lab.run(code))
+        page.locator(".pm-about h4", has_text=title).wait_for(timeout=WAIT_MS)
+        shown = page.locator(".pm-about table").last.locator("td.number").all_inner_texts()
+        assert [shown[0], shown[2]] == [number(local), number(in_model)]
+    page.screenshot(path=screenshots / "notebook_05_light.png")
+    lab.theme("dark")
+    page.screenshot(path=screenshots / "notebook_05_dark.png")
+
+
+@pytest.mark.timeout(900)
 def test_heads_open_and_sinks_move_in_08(lab_page, screenshots):
     lab = lab_page(NOTEBOOKS / "08_attention_sinks.ipynb", width=1280, height=1000)
     lab.run_all(timeout_seconds=60 * MINUTES)
