@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from sqviz.observe.magnitudes import QUANTILES, GroupInfo, InputStats, Magnitudes, TopToken, WeightStats
+from sqviz.quant.found_alpha import FoundAlpha, Tried
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 WORDS = ("·the", "·people", "·of", "↵", "·“union”", "·and", ".", "·<b>", "</script>", "·state")
@@ -30,6 +31,19 @@ def magnitudes(
             fold = "linear" if kind in ("self_attn.o_proj", "mlp.down_proj") else "norm"
             groups.append(GroupInfo(name, block, kind, tuple(consumers), fold))
     return Magnitudes(inputs, weights, tuple(groups), torch.arange(length), length, texts, "synthetic")
+
+
+def found_alpha(blocks: int = 4) -> FoundAlpha:
+    """What a search might find. Block 0 has no o_proj; block 1 leaves down_proj alone."""
+    kinds = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    alphas = {
+        f"model.layers.{block}.{kind}": None if (block, kind) == (1, "mlp.down_proj") else (block + 2 * place) % 10 / 10
+        for block in range(blocks)
+        for place, kind in enumerate(kinds)
+        if (block, kind) != (0, "self_attn.o_proj")
+    }
+    tried = (Tried("logits", 0.1234, 0.11), Tried("flat 0.5", 0.5), Tried("layer", 0.75, 0.09))
+    return FoundAlpha(alphas, "logits", "sqviz.SMOOTHQUANT_O2", "all", "model & <more>", "0" * 64, tried)
 
 
 def _pool(values: np.ndarray, bins: int) -> torch.Tensor:

@@ -7,24 +7,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic import found_alpha as found
 
-from sqviz.quant.found_alpha import FoundAlpha, Tried
+from sqviz.quant.found_alpha import FoundAlpha
 from sqviz.widgets.alpha_map import LEFT, ROW, WIDTH, AlphaMapView, _short
 from sqviz.widgets.still import colour_map
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
-
-
-def found(blocks: int = 4) -> FoundAlpha:
-    """Block 0 has no o_proj; block 1 leaves down_proj alone."""
-    alphas = {
-        f"model.layers.{block}.{kind}": None if (block, kind) == (1, "mlp.down_proj") else (block + 2 * place) / 10
-        for block in range(blocks)
-        for place, kind in enumerate(KINDS)
-        if (block, kind) != (0, "self_attn.o_proj")
-    }
-    tried = (Tried("logits", 0.1234, 0.11), Tried("flat 0.5", 0.5), Tried("layer", 0.75, 0.09))
-    return FoundAlpha(alphas, "logits", "sqviz.SMOOTHQUANT_O2", "all", "model & <more>", "0" * 64, tried)
 
 
 def test_every_strength_travels_as_it_is_with_its_name() -> None:
