@@ -10,43 +10,67 @@ from plotly.subplots import make_subplots
 from sqviz.plots.template import Theme, template
 
 StepMap = Int[np.ndarray, "row column"]
-"""For each cell the number of the step that it is rounded by."""
+"""For each cell the number of the step that it is rounded by; −1 for all where nothing is rounded."""
 
-LIGHT, DARK = ("#dbe9f6", "#4c8cc4"), ("#fbe3d0", "#d98032")
-"""Two shades each for activations (blue) and weights (orange); neighbours that differ do not share a step."""
+Codes = Mapping[str, tuple[StepMap | None, StepMap | None]]
+"""By scheme, the integers of X and Wᵀ."""
+
+LIGHT, DARK = ("#dbe9f6", "#8ab8e0"), ("#fbe3d0", "#eda766")
+"""Two shades each for activations (blue) and weights (orange); neighbours that differ do not share a step. Light enough
+for dark numbers on all of them."""
+CELL = 26
+"""Pixels of a cell, downwards."""
+PLAIN, INK = "#bdbdbd", "#1b1b1b"
+"""Of cells that are not rounded, and of numbers in cells."""
 
 
 def granularity_figure(
-    pairs: Mapping[str, tuple[StepMap, StepMap]], title: str, *, theme: Theme = "either"
+    pairs: Mapping[str, tuple[StepMap, StepMap]], title: str, codes: Codes | None = None, *, theme: Theme = "either"
 ) -> go.Figure:
     """A row per scheme: X on the left, Wᵀ on the right, cells of one step in one shade.
 
     Args:
         pairs: by title, the step of each cell of X [token channel] and of Wᵀ [channel out].
         title: over all.
+        codes: by title, the integers that are written into the cells.
         theme: light, dark or either.
     """
-    titles = [f"{name}: {side}" for name in pairs for side in ("X, tokens down", "Wᵀ, out channels across")]
-    figure = make_subplots(len(pairs), 2, subplot_titles=titles, horizontal_spacing=0.08, vertical_spacing=0.14)
-    for row, (x, w) in enumerate(pairs.values(), 1):
-        for column, (steps, shades) in enumerate(((x, LIGHT), (w, DARK)), 1):
+    titles = [f"{side} · {name}" for name in pairs for side in ("X, tokens down", "Wᵀ, out channels across")]
+    heights = [max(len(x), len(w)) for x, w in pairs.values()]
+    pixels = sum(CELL * height + 58 for height in heights)
+    figure = make_subplots(
+        len(pairs),
+        2,
+        subplot_titles=titles,
+        row_heights=heights,
+        horizontal_spacing=0.08,
+        vertical_spacing=min(0.3, 58 / pixels) if len(pairs) > 1 else 0,
+    )
+    for row, (name, pair) in enumerate(pairs.items(), 1):
+        written = (None, None) if codes is None else codes[name]
+        for column, (steps, shades, numbers) in enumerate(zip(pair, (LIGHT, DARK), written, strict=True), 1):
+            of = int(steps.max()) + 1
+            said = f"step %{{customdata}} of {of}" if of else "not rounded"
             figure.add_heatmap(
                 z=shade(steps),
                 customdata=steps + 1,
-                colorscale=[[0, shades[0]], [1, shades[1]]],
+                colorscale=[[0, shades[0] if of else PLAIN], [1, shades[1]]],
                 zmin=0,
                 zmax=1,
                 showscale=False,
                 xgap=1,
                 ygap=1,
-                hovertemplate=f"%{{y}}, %{{x}}: step %{{customdata}} of {int(steps.max()) + 1}<extra></extra>",
+                text=numbers,
+                texttemplate=None if numbers is None else "%{text}",
+                textfont={"color": INK, "size": 11},
+                hovertemplate=f"row %{{y}}, column %{{x}}: {said}<extra></extra>",
                 row=row,
                 col=column,
             )
             figure.update_xaxes(showticklabels=False, constrain="domain", row=row, col=column)
             figure.update_yaxes(showticklabels=False, autorange="reversed", row=row, col=column)
-    figure.update_layout(template=template(theme), title=title, height=90 + 190 * len(pairs))
-    return figure.update_annotations(font_size=12)
+    figure.update_layout(template=template(theme), title=title, height=110 + pixels)
+    return figure.update_annotations(font_size=11)
 
 
 def shade(steps: StepMap) -> StepMap:

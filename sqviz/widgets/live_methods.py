@@ -17,6 +17,7 @@ from IPython import get_ipython
 from IPython.display import display
 
 from sqviz.errors import Cancelled
+from sqviz.evaluation.method_sheet import sheet_of
 from sqviz.evaluation.method_table import MethodTable
 from sqviz.progress import CancelToken
 from sqviz.widgets.method_table import MethodTableView, as_html
@@ -74,7 +75,7 @@ class LiveMethods:
         self._show()
 
     def _show(self, left: str = "waiting") -> None:
-        found = self._table.sheet() if self._table else {"columns": [], "rows": []}
+        found = self._table.sheet() if self._table else sheet_of([])
         rows = [*found["rows"], *({**row, "state": left} for row in self._waiting[len(found["rows"]) :])]
         if left == "waiting" and self._number < len(rows) and self._number >= len(found["rows"]):
             rows[self._number] = rows[self._number] | {"state": "running"}

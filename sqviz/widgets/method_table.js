@@ -2,7 +2,9 @@
 // is being computed (`state` is not "done") rows say how far they are, and Cancel asks the kernel to stop.
 
 const SVG = "http://www.w3.org/2000/svg";
-const HEARD_MS = 2000; // after which the page says what to do about a kernel that has not answered
+const HEARD_MS = 4000; // after which the page says what to do about a kernel that has not answered
+
+const STOPPING = "Stopping: the step under way ends, finished rows stay.";
 
 // Linear up to ±5; beyond, compressed: asinh is linear around 0 and a logarithm far from it. The twin of change_axis in
 // method_table_still.py.
@@ -103,7 +105,7 @@ function render({ model, el }) {
     if (cancel.disabled) return;
     cancel.disabled = true;
     cancel.textContent = "Stopping …";
-    said.textContent = "Stopping: the step under way ends, finished rows stay.";
+    said.textContent = STOPPING;
     model.send({ kind: "cancel" });
     unheard = setTimeout(() => (said.textContent = "The kernel has not answered: this front end delivers a click only when the cell is done. Interrupt the kernel (■) instead; finished rows are kept."), HEARD_MS);
   });
@@ -185,7 +187,8 @@ function render({ model, el }) {
     const td = element("td", "mt-state");
     td.colSpan = count;
     const line = element("div", "mt-progress");
-    const words = { waiting: "waiting", stopped: "not computed", cannot: `cannot: ${row.why}`, running: "" }[row.state];
+    const size = row.cells.size ? ` · ${row.cells.size.text} MB` : "";
+    const words = { waiting: `waiting${size}`, stopped: `not computed${size}`, cannot: `cannot: ${row.why}`, running: "" }[row.state];
     const text = element("span", row.state === "cannot" ? "mt-why" : "mt-small", words);
     if (row.state === "running") {
       const meter = element("progress", "mt-meter");
@@ -251,6 +254,7 @@ function render({ model, el }) {
   const hear = (message) => {
     if (message.kind !== "heard") return;
     clearTimeout(unheard);
+    said.textContent = STOPPING;
     root.dataset.heard = "true";
   };
   const heard = [["sheet", draw], ["state", draw], ["running", tick], ["title", say], ["note", say], ["problem", say]];

@@ -203,7 +203,7 @@ class Lab:
 
     def open(self) -> None:
         """Open the notebook and wait until its kernel is idle."""
-        self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={self.server.token}&reset")
+        self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={self.server.token}&reset", timeout=120_000)
         ready = """() => {
             const panel = window.jupyterapp?.shell?.currentWidget;
             return panel?.sessionContext?.isReady && panel.sessionContext.session?.kernel?.status === 'idle'
