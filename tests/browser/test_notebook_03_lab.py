@@ -1,4 +1,4 @@
-"""Notebook 03 as its reader runs it: the picture with integers, the table that fills, sorted by hand, in both themes."""
+"""Notebook 03 as its reader runs it: integers in the picture, the table that fills, sorted by hand, both themes."""
 
 import json
 from pathlib import Path
