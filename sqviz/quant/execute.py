@@ -19,6 +19,7 @@ from sqviz.errors import SqvizError
 from sqviz.models.arch import Norm
 from sqviz.models.linears import Group, experts, weight
 from sqviz.models.lm import LM, unshare
+from sqviz.quant import step_attention
 from sqviz.quant.calibration import Calibration
 from sqviz.quant.granularity import PerChannel, PerTensor, PerToken
 from sqviz.quant.plain import check_experts, is_plain
@@ -232,10 +233,11 @@ class Executor:
 
 
 def finish(model: nn.Module) -> None:
-    """What an executed model gets last: a fast floating-point head, parameters that may be converted without touching
-    the model it was made from, and no way to save what cannot be loaded.
+    """What an executed model gets last: a fast floating-point head and cached step, parameters that may be
+    converted without touching the model it was made from, and no way to save what cannot be loaded.
     """
     ease_head(model)
+    step_attention.use(model)
     unshare(model)
     for module in model.modules():
         if hasattr(module, "save_pretrained"):  # the model, and the base model inside of it

@@ -22,6 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from sqviz.errors import SqvizError
+from sqviz.quant.step_attention import SDPA
 from sqviz.streaming.positions import Rotary, angles, turn
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ LOT = 256
 def applies(cache: "SinkCache") -> bool:
     """Whether the model's attention is one that can be run in this way."""
     rotary = isinstance(cache.scheme, Rotary) and cache.scheme.tensor == "keys" and bool(cache.scheme.module)
-    return rotary and cache.lm.config._attn_implementation == "sdpa"
+    return rotary and cache.lm.config._attn_implementation in SDPA
 
 
 class SharedSinks(TorchFunctionMode):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
+from sqviz.quant.step_attention import SDPA
 from sqviz.streaming.plan import State
 from sqviz.streaming.positions import Alibi, bias, slopes
 
@@ -78,7 +79,7 @@ def steer(cache: "SinkCache") -> list[Any]:
         if cache is None:
             return None
         if cache.bias is None:
-            twice = cache.lm.config._attn_implementation != "sdpa" or bool(kwargs.get("output_attentions"))
+            twice = cache.lm.config._attn_implementation not in SDPA or bool(kwargs.get("output_attentions"))
             cache.bias = _biased(cache, form, slope, twice)
         return args, kwargs | cache.bias
 
