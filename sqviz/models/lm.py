@@ -47,6 +47,11 @@ class LM:
         return self.model.config.get_text_config()  # type: ignore[union-attr, operator]
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The model's blocks, in order."""
+        return list(self.model.get_submodule(self.arch.blocks).children())
+
+    @property
     def device(self) -> torch.device:
         """Where the model's first parameter lies."""
         return next(self.model.parameters()).device

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -315,7 +314,7 @@ class _norms:
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
-        for index, block in enumerate(_blocks(self._lm)):
+        for index, block in enumerate(self._lm.blocks):
 
             def after(_: Any, __: Any, output: Any, index: int = index) -> None:
                 if threading.get_ident() == self._thread:  # another thread may use the same model
@@ -326,7 +325,3 @@ class _norms:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def _blocks(lm: LM) -> Iterator[torch.nn.Module]:
-    return lm.model.get_submodule(lm.arch.blocks).children()

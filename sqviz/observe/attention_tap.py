@@ -60,7 +60,7 @@ class Tap(TorchFunctionMode):
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Tap":
-        blocks = list(self._lm.model.get_submodule(self._lm.arch.blocks).children())
+        blocks = self._lm.blocks
         for index, block in enumerate(blocks):
             self._handles += [
                 block.register_forward_pre_hook(lambda *_, index=index: self._enter_block(index)),

@@ -7,8 +7,8 @@ is searched for depends on what one looks at:
                weights have one step per tensor: a fold into an earlier linear spreads that one's rows, which no layer
                sees of another.
     "block"    the same of a block's output, its groups searched in turns (coordinate descent)
-    "logits"   the Kullback-Leibler divergence KL(p ‖ p̂) of the next token, one α for each kind of linear, the kinds
-               searched in turns
+    "logits"   the Kullback-Leibler divergence KL(p ‖ p̂) of the next token: first one α for each kind of linear, the
+               kinds searched in turns, then for each group of the REFINED blocks that lose most an α of its own
 
     "auto"     all three, and flat strengths beside them; what has the least divergence on segments that no search has
                seen is kept
@@ -19,6 +19,7 @@ decide. Everything is simulated. A search that is cancelled returns the best it 
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -49,8 +50,16 @@ OBJECTIVES = ("layer", "block", "logits", "auto")
 GRID: tuple[float | None, ...] = (None, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 """What is tried for each group; None leaves it unsmoothed."""
 
-FLAT = (None, 0.5, 0.85)
-"""Strengths for all groups alike that "auto" tries beside the searches: none, OPT's and Llama-2's."""
+FLAT: dict[str, tuple[float | None, float | None]] = {
+    "none": (None, None),
+    "0.5 into norms": (0.5, None),
+    "flat 0.5": (0.5, 0.5),
+    "flat 0.85": (0.85, 0.85),
+}
+"""What "auto" tries beside the searches: strengths of all folds into norms, and of all into linears."""
+
+REFINED = 8
+"""Blocks whose groups get strengths of their own where the divergence of the logits is searched by."""
 
 SEARCHED, HELD = 2, 4
 """Segments of the calibration that are searched on, and that decide."""
@@ -138,7 +147,9 @@ class _Search:
     def steps(self, objective: str) -> int:
         """How many trials a search makes."""
         kinds = len({group.kind for group in self.groups})
-        return {"layer": len(self.groups), "block": len(self.groups), "logits": 1 + kinds * len(GRID)}[objective]
+        blocks = [group.block for group in self.groups]
+        refined = len(set(blocks)) + min(REFINED, len(set(blocks))) * max(map(blocks.count, blocks))
+        return {"layer": len(blocks), "block": len(blocks), "logits": 2 + kinds * len(GRID) + refined}[objective]
 
     # --- the three searches ---
 
@@ -182,26 +193,50 @@ class _Search:
             found.update(now)
 
     def by_logits(self, found: Alphas, bar: Bar) -> None:
-        """One α for each kind of linear, the kinds in turns, by the divergence of the logits."""
+        """One α for each kind of linear, then some of their own, by the divergence of the logits."""
         kinds = list(dict.fromkeys(group.kind for group in self.groups))
-        now: dict[str, float | None] = dict.fromkeys(kinds, None)
-        least = self.divergence(self._spread(now), self.searched)
-        bar.step()
+        by_norm = {group.kind: 0.5 if group.fold_kind == "norm" else None for group in self.groups}
+        now: dict[str, float | None] = {}
+        least = math.inf
+        for start in (dict.fromkeys(kinds, None), by_norm):
+            value = self.divergence(self._spread(start), self.searched)
+            if value < least:
+                least, now = value, start
+            bar.step()
+        found.update(self._spread(now))
         for kind in kinds:
             for alpha in GRID:
-                if alpha is not None:
+                if alpha != now[kind]:
                     value = self.divergence(self._spread({**now, kind: alpha}), self.searched)
                     if value < least:
                         least, now = value, {**now, kind: alpha}
                         found.update(self._spread(now))
                 bar.step()
-        found.update(self._spread(now))
+        self._refine(found, bar)
+
+    def _refine(self, found: Alphas, bar: Bar) -> None:
+        """The groups of the blocks that lose most in turns, by the divergence with this block alone quantised."""
+        alone = {}
+        for index in sorted({group.block for group in self.groups}):
+            alone[index] = self._alone(found, index)
+            bar.step()
+        for index in sorted(alone, key=lambda index: -alone[index])[:REFINED]:
+            for group in (group for group in self.groups if group.block == index):
+                for alpha in GRID:
+                    value = self._alone({**found, group.name: alpha}, index)
+                    if value < alone[index]:
+                        alone[index], found[group.name] = value, alpha
+                bar.step()
+
+    def _alone(self, alphas: Alphas, index: int) -> float:
+        """KL(p ‖ p̂) with block `index` smoothed and quantised, the others as they are."""
+        mine = [group for group in self.groups if group.block == index]
+        return self.searched(self._quantised(self._smoothed(alphas, only=mine), mine), since=index)
 
     def decide(self, found: Mapping[str, Alphas], bar: Bar) -> list[Tried]:
         """All candidates on the segments that no search has seen."""
-        for alpha in FLAT:
-            label = "none" if alpha is None else f"flat {alpha:g}"
-            self._flat[label] = dict.fromkeys((group.name for group in self.groups), alpha)
+        for label, (norm, linear) in FLAT.items():
+            self._flat[label] = {group.name: norm if group.fold_kind == "norm" else linear for group in self.groups}
         for name, alphas in {**found, **self._flat}.items():
             self.decided.append(Tried(name, self.divergence(alphas, self.held)))
             bar.step()

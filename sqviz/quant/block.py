@@ -20,11 +20,11 @@ class Blocks:
     def __init__(self, lm: LM, segments: Int64[Tensor, "segment token"]) -> None:
         """Read the segments once. Keeps the residual stream in front of every block."""
         self.lm = lm
-        self._given: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in _blocks(lm)]
+        self._given: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in lm.blocks]
         self._made: tuple[int, list[Tensor]] = (-1, [])
         hooks = [
             block.register_forward_pre_hook(self._keep(index), with_kwargs=True)
-            for index, block in enumerate(_blocks(lm))
+            for index, block in enumerate(lm.blocks)
         ]
         try:
             with torch.no_grad():
@@ -53,7 +53,7 @@ class Blocks:
         return total / count
 
     def _run(self, lm: LM, index: int) -> list[Float[Tensor, "batch token channel"]]:
-        block = _blocks(lm)[index]
+        block = lm.blocks[index]
         made = []
         with torch.no_grad():
             for arguments, named in self._given[index]:
@@ -68,7 +68,3 @@ class Blocks:
             self._given[index].append((arguments, {**named, **{key: None for key in CACHES if key in named}}))
 
         return hook
-
-
-def _blocks(lm: LM) -> list[nn.Module]:
-    return list(lm.model.get_submodule(lm.arch.blocks).children())

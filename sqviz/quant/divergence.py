@@ -5,9 +5,13 @@
 Both models are asked about the same text, so a few segments tell apart what perplexity on as many would not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqviz.models.lm import LM
 
@@ -21,14 +25,23 @@ class Divergence:
     def __init__(self, lm: LM, segments: Int64[Tensor, "segment token"]) -> None:
         self.lm, self.segments = lm, segments
         self._known: list[Float[Tensor, "token vocabulary"]] = []
+        self._made: list[list[Any]] = []
 
-    def __call__(self, other: LM) -> float:
-        """KL(p ‖ p̂), p of `lm` and p̂ of `other`, in nats per token."""
+    def __call__(self, other: LM, since: int = 0) -> float:
+        """KL(p ‖ p̂), p of `lm` and p̂ of `other`, in nats per token.
+
+        Args:
+            other: the changed model. Its blocks give what `lm`'s gave while this runs, and are as they were after it.
+            since: index of its first block that was changed; those before it are not computed again.
+        """
         if not self._known:
             self._known = [_next_token(self.lm, segment) for segment in self.segments]
+        if since and not self._made:
+            self._made = [_outputs(self.lm, segment) for segment in self.segments]
         total = 0.0
-        for expected, segment in zip(self._known, self.segments, strict=True):
-            got = _next_token(other, segment)
+        for place, (expected, segment) in enumerate(zip(self._known, self.segments, strict=True)):
+            with _given(other.blocks[:since], self._made[place] if since else []):
+                got = _next_token(other, segment)
             total += float((expected.exp() * (expected - got)).sum(-1).mean())
         return total / len(self.segments)
 
@@ -38,3 +51,30 @@ def _next_token(lm: LM, segment: Int64[Tensor, " token"]) -> Float[Tensor, "toke
     with torch.no_grad():
         logits = lm.model(segment[None].to(lm.device), use_cache=False).logits[0, STRIDE - 1 :: STRIDE]
         return logits.float().log_softmax(-1)
+
+
+def _outputs(lm: LM, segment: Int64[Tensor, " token"]) -> list[Any]:
+    """What every block returns."""
+    made: list[Any] = []
+    hooks = [block.register_forward_hook(lambda module, given, out: made.append(out)) for block in lm.blocks]
+    try:
+        _next_token(lm, segment)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return made
+
+
+@contextmanager
+def _given(blocks: list[nn.Module], outputs: list[Any]) -> Iterator[None]:
+    """Let blocks return these outputs without computing them."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block, out in zip(blocks, outputs, strict=False):
+            block.__dict__["forward"] = lambda *given, out=out, **named: out
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del block.__dict__["forward"]
+            if own is not None:
+                block.__dict__["forward"] = own

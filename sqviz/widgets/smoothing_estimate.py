@@ -87,6 +87,6 @@ class Estimator:
 def interruptible(lm: LM, turn: Turn) -> Iterator[None]:
     """Within it, every block of this (privately owned) model looks at the turn before it computes."""
     with ExitStack() as undo:
-        for block in lm.model.get_submodule(lm.arch.blocks).children():
+        for block in lm.blocks:
             undo.callback(block.register_forward_pre_hook(lambda *_: turn.check("the estimate")).remove)
         yield

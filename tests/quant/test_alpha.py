@@ -15,7 +15,7 @@ from sqviz.quant import alpha as search
 from sqviz.quant.alpha import GRID, HELD, SEARCHED, search_alpha
 from sqviz.quant.block import Blocks
 from sqviz.quant.clipping import LeastError
-from sqviz.quant.divergence import STRIDE
+from sqviz.quant.divergence import STRIDE, Divergence
 from sqviz.quant.found_alpha import FoundAlpha, Tried
 
 TOKENS = torch.randint(3, 131, (8 * 40,), generator=torch.Generator().manual_seed(1))
@@ -44,27 +44,67 @@ def divergence(lm, q, segments):
     return total / count
 
 
-def test_logits_are_searched_by_kind_in_turns(lm, m):
+@torch.no_grad()
+def test_logits_are_searched_by_kind_and_then_block_by_block(lm, m, monkeypatch):
+    monkeypatch.setattr(search, "REFINED", 1)
     scheme = sqviz.SMOOTHQUANT_O1
     found = search_alpha(lm, m, scheme, "logits", progress=False)
     segments = TOKENS.view(-1, 40)[:SEARCHED]
-    now = dict.fromkeys(dict.fromkeys(group.kind for group in groups(lm)), None)
+    kinds = dict.fromkeys(group.kind for group in groups(lm))
 
-    def value(by_kind):
-        smoothed = lm
-        if any(v is not None for v in by_kind.values()):
-            smoothed = sqviz.smooth(lm, m, lambda group: by_kind[group.kind], folds="all")
-        return divergence(lm, sqviz.quantize(smoothed, scheme), segments)
+    def value(alphas, index=None):
+        smoothed, skip = lm, []
+        if index is not None:
+            alphas = {group.name: alphas[group.name] for group in groups(lm) if group.block == index}
+            skip = [name for group in groups(lm) if group.block != index for name in group.consumers]
+        if any(v is not None for v in alphas.values()):
+            smoothed = sqviz.smooth(lm, m, lambda group: alphas.get(group.name), folds="all")
+        return divergence(lm, sqviz.quantize(smoothed, scheme, skip=skip), segments)
 
-    least = value(now)
-    for kind in now:
-        for alpha in GRID[1:]:
-            tried = value({**now, kind: alpha})
+    def spread(by_kind):
+        return {group.name: by_kind[group.kind] for group in groups(lm)}
+
+    by_norm = {group.kind: 0.5 if group.fold_kind == "norm" else None for group in groups(lm)}
+    now = min(dict.fromkeys(kinds), by_norm, key=lambda one: value(spread(one)))
+    least = value(spread(now))
+    for kind in kinds:
+        for alpha in GRID:
+            tried = value(spread({**now, kind: alpha}))
             if tried < least * (1 - 1e-5):
                 least, now = tried, {**now, kind: alpha}
-    assert found.alphas == {group.name: now[group.kind] for group in groups(lm)}
+    alphas = spread(now)
+    lost = {index: value(alphas, index) for index in {group.block for group in groups(lm)}}
+    index = max(lost, key=lambda index: lost[index])
+    for group in (group for group in groups(lm) if group.block == index):
+        errors = {alpha: value({**alphas, group.name: alpha}, index) for alpha in GRID}
+        alphas[group.name] = min(errors, key=errors.__getitem__)
+    assert found.alphas == alphas
+    assert len(set(alphas.values()) - {None}) > 1
     assert found.complete
     assert found.objective == "logits"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BloomForCausalLM", "GPTJForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_blocks_before_the_changed_one_are_not_computed_again(name, kept, monkeypatch):
+    lm = sqviz.keep_sinks(tiny(name), [5, 9]) if kept else tiny(name)
+    segments = TOKENS.view(-1, 40)[:2]
+    q = sqviz.quantize(lm, sqviz.W8A8, skip=[n for g in groups(lm) if g.block == 0 for n in g.consumers])
+    whole, own = Divergence(lm, segments), Divergence(lm, segments)
+    expected = whole(q)
+    assert own(q, since=1) == pytest.approx(expected, rel=1e-5)
+    assert own(lm, since=1) == pytest.approx(0, abs=1e-6)
+    assert expected > 1e-6
+    blocks = q.blocks
+    assert all("forward" not in block.__dict__ for block in blocks)
+    calls = []
+    blocks[0].register_forward_hook(lambda module, given, out: calls.append(out))
+    monkeypatch.setattr(type(blocks[0]), "forward", lambda *given, **named: pytest.fail("was computed"))
+    with pytest.raises(pytest.fail.Exception):
+        own(q)
+    assert own(q, since=len(blocks)) == pytest.approx(0, abs=1e-6)
+    assert calls
 
 
 def test_layers_are_searched_by_the_error_of_their_own_output(lm, m):
@@ -112,7 +152,7 @@ def test_the_error_of_a_block_is_that_of_what_it_adds(lm, m):
     states = [one.model(segments[:1], output_hidden_states=True).hidden_states for one in (lm, q)]
     x, y, new = states[0][0], states[0][1], states[1][1]
     expected = ((new - y).square().sum(-1) / (y - x).square().sum(-1)).mean()
-    assert Blocks(lm, segments[:1]).error(q, 0) == pytest.approx(float(expected), rel=1e-4)
+    assert Blocks(lm, segments[:1]).error(q, 0) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert Blocks(lm, segments).error(lm, 1) == 0
 
 
@@ -120,7 +160,15 @@ def test_auto_keeps_what_is_best_on_text_that_no_search_has_seen(lm, m):
     scheme = sqviz.SMOOTHQUANT_O3
     found = search_alpha(lm, m, scheme, progress=False)
     assert [one.divergence for one in found.tried] == sorted(one.divergence for one in found.tried)
-    assert {one.name for one in found.tried} == {"layer", "block", "logits", "none", "flat 0.5", "flat 0.85"}
+    assert {one.name for one in found.tried} == {
+        "layer",
+        "block",
+        "logits",
+        "none",
+        "0.5 into norms",
+        "flat 0.5",
+        "flat 0.85",
+    }
     assert found.objective == found.tried[0].name
     smoothed = lm
     if any(value is not None for value in found.alphas.values()):
@@ -227,6 +275,8 @@ def test_what_was_found_is_told_in_short_and_no_two_look_alike(lm, m):
     assert [None if x != x else x for x in frame["alpha"]] == [found.alphas[name] for name in frame["linear"]]
     assert len(repr(found)) < 300
     assert "searched by layer for SMOOTHQUANT_O1" in found.describe()
+    assert dataclasses.replace(found, objective="flat 0.5").describe().startswith("flat 0.5 for SMOOTHQUANT_O1")
+    assert dataclasses.replace(found, objective="none").describe().startswith("no smoothing for SMOOTHQUANT_O1")
     name = groups(lm)[0].name
     other = dataclasses.replace(found, alphas={**found.alphas, name: 0.123})
     assert sqviz.Method("a", sqviz.W8A8, found).key() != sqviz.Method("a", sqviz.W8A8, other).key()
