@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from sqviz.models.linears import experts, groups
 from sqviz.models.lm import LM
 from sqviz.observe.flow_attention import BIAS, Attended, attend
+from sqviz.observe.flow_paths import Paths, blocks_of, linear_paths
 from sqviz.observe.hooks import body
 
 Kind = Literal["norm", "linear", "rotary", "product", "softmax", "activation", "multiply", "add"]
@@ -73,8 +73,10 @@ Both products inside of experts are given (hidden, choice, share) and what the e
 class Flow(TorchFunctionMode):
     """Calls `see` for every operator of every block, or of one block, at every forward pass inside of the `with`."""
 
-    def __init__(self, lm: LM, see: See, block: int | None = None) -> None:
+    def __init__(self, lm: LM, see: See, block: int | None = None, paths: Paths | None = None) -> None:
+        """Watch `lm`; `paths` are `linear_paths(lm)`, where they are known already."""
         super().__init__()
+        self._paths = paths
         self._lm, self._see, self._only = lm, see, block
         self._block, self._depth = -1, 0
         self._origin: dict[
@@ -87,13 +89,7 @@ class Flow(TorchFunctionMode):
         """Of each block, as the latest pass went through them."""
 
     def __enter__(self) -> "Flow":
-        named: dict[int, dict[str, bool]] = {}  # block → path of a linear or of experts → whether experts
-        for group in groups(self._lm):
-            for name in group.consumers:
-                fused = bool(experts(self._lm, name))
-                path = name.rpartition(".")[0] if fused else name
-                prefix = f"{self._lm.arch.blocks}.{group.block}."
-                named.setdefault(group.block, {})[path.removeprefix(prefix)] = fused
+        named = linear_paths(self._lm) if self._paths is None else self._paths
         for index, block in enumerate(blocks_of(self._lm)):
             if self._only in (None, index):
                 self._watch_block(index, block, named[index])
@@ -313,11 +309,6 @@ class Flow(TorchFunctionMode):
             return False
         left, right = (frozenset(name for name in self.origin((one,)) if name[0] != "@") for one in operands)
         return left != right
-
-
-def blocks_of(lm: LM) -> list[nn.Module]:
-    """The blocks of a model, in order."""
-    return list(lm.model.get_submodule(lm.arch.blocks).children())
 
 
 def operators_of(lm: LM) -> tuple[tuple[Operator, ...], ...]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sqviz.models.linears import experts, groups, weight
 from sqviz.models.lm import LM, share
-from sqviz.observe.flow import Flow, Operator, blocks_of
+from sqviz.observe.flow import Flow, Operator
+from sqviz.observe.flow_paths import blocks_of, linear_paths
 from sqviz.observe.hooks import body
 from sqviz.quant.attention_products import mix, scores
 from sqviz.quant.block import Blocks
@@ -59,6 +60,7 @@ class Meter:
         self.routers = {
             name for group in groups(self.lm) for name in group.consumers if is_router(self.lm, group, name)
         }
+        self._paths = linear_paths(self.lm)
         self._simulator = Simulator(self.lm, self.scheme, calibration)
         self._twins: dict[tuple[int, str], nn.Module] = {}
         self._tail: tuple[int, LM] = (-1, self.lm)
@@ -76,7 +78,7 @@ class Meter:
 
         self._twins.clear()
         self._blocks.error(self.lm, block)  # its outputs as they are
-        with torch.no_grad(), Flow(self.lm, see, block):
+        with torch.no_grad(), Flow(self.lm, see, block, self._paths):
             self._blocks.error(self.lm, block)
         return {name: _mean(parts) for name, parts in found.items()}
 
@@ -105,14 +107,14 @@ class Meter:
         whole = quantize_calibrated(self.calibration)
         if not attention:
             return self._divergence(whole)
-        with Flow(whole, see):
+        with Flow(whole, see, paths=self._paths):
             return self._divergence(whole)
 
     def _only(self, name: str, block: int | None, model: LM | None = None) -> Flow:
         def see(index: int, operator: Operator, operands: tuple[Any, ...], result: Any) -> Any:
             return self.quantised(index, operator, operands, result) if operator.name == name else None
 
-        return Flow(self.lm if model is None else model, see, block)
+        return Flow(self.lm if model is None else model, see, block, self._paths)
 
     def _behind(self, block: int) -> LM:
         """The model with every block before this one giving out what it gave the segments before, uncomputed."""

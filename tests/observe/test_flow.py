@@ -5,7 +5,8 @@ import torch
 
 from sqviz.models.linears import groups
 from sqviz.models.tiny import TINY, tiny
-from sqviz.observe.flow import Flow, blocks_of, operators_of
+from sqviz.observe.flow import Flow, operators_of
+from sqviz.observe.flow_paths import blocks_of
 
 IDS = (torch.arange(20) * 37 % 128 + 3)[None]
 ATTENTION = ["qk", "softmax", "pv"]
