@@ -112,7 +112,7 @@ class FoundAlpha:
         given = sorted(alpha for alpha in self.alphas.values() if alpha is not None)
         left = len(self.alphas) - len(given)
         parts = [
-            f"searched by {self.objective} for {self.scheme.removeprefix('sqviz.')}",
+            f"{self._how} for {self.scheme.removeprefix('sqviz.')}",
             "all folds" if self.folds == "all" else "norm folds",
         ]
         if given:
@@ -121,6 +121,12 @@ class FoundAlpha:
         parts += [f"{left} not smoothed"] if left else []
         parts += [] if self.complete else ["cancelled: the best so far"]
         return "; ".join(parts)
+
+    @property
+    def _how(self) -> str:
+        if self.objective == "none":
+            return "no smoothing"
+        return self.objective if self.objective.startswith("flat ") else f"searched by {self.objective}"
 
     def __repr__(self) -> str:
         """Short; with a hash of the strengths, so that those of two are equal only if they are."""
