@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sqviz import __version__
 from sqviz.corpus.segments import Text, as_segments
-from sqviz.corpus.source import text as source
+from sqviz.corpus.source import second_half
 from sqviz.errors import SqvizError
 from sqviz.evaluation.method_table import MethodRow
 from sqviz.evaluation.model_cost import model_cost
@@ -25,10 +25,14 @@ from sqviz.models.lm import LM
 from sqviz.observe.capture import capture
 from sqviz.observe.magnitudes import Magnitudes
 from sqviz.progress import CancelToken
+from sqviz.quant.alpha import search_alpha
 from sqviz.quant.execute import check_executable
+from sqviz.quant.found_alpha import FoundAlpha
 from sqviz.quant.kept_sinks import keep_sinks, sinks_of
 from sqviz.quant.linear import is_router, matching
 from sqviz.quant.methods import Method
+from sqviz.quant.plan import Folds
+from sqviz.quant.schemes import Scheme
 
 PROMPT = 128
 """Tokens whose reading is timed."""
@@ -44,7 +48,7 @@ class Runner:
         self, lm: LM, calibration: Text | None, samples: int, length: int, folder: Path, cancel: CancelToken
     ) -> None:
         self.lm, self.folder, self.cancel = lm, folder, cancel
-        self.calibration = _second_half() if calibration is None else calibration
+        self.calibration = second_half() if calibration is None else calibration
         self.samples, self.length = samples, length
         self._captured: dict[int, tuple[LM, Magnitudes]] = {}
         self._kept: LM | None = None
@@ -57,7 +61,7 @@ class Runner:
         """One row without its latency; its `error` says why the model cannot have this method."""
         row = MethodRow(method.name, method.describe(), None, method_bytes(self.lm, method), None, None)
         try:
-            model = method.apply(self.lm, self.captured, keep=self.kept)
+            model = method.apply(self.lm, self.captured, keep=self.kept, search=self.searched)
             with stops_in_a_pass(model, self.cancel):
                 return dataclasses.replace(row, evaluation=score(model))
         except SqvizError as error:
@@ -69,7 +73,7 @@ class Runner:
             return row
         try:
             check_executable(method.scheme)
-            executed = method.apply(self.lm, self.captured, backend="auto", keep=self.kept)
+            executed = method.apply(self.lm, self.captured, backend="auto", keep=self.kept, search=self.searched)
         except SqvizError as error:
             return dataclasses.replace(row, untimed=str(error))
         ids = torch.cat(self._segments)[:PROMPT]
@@ -84,9 +88,7 @@ class Runner:
         return self._captured[id(lm)][1]
 
     def _capture(self, lm: LM) -> Magnitudes:
-        kept = sinks_of(lm)
-        parts = [weights_hash(lm), None if kept is None else kept.tolist(), self._tokens, __version__]
-        path = self.folder / f"{_hash(parts)}.safetensors"
+        path = self.folder / f"{_hash(self._identity(lm))}.safetensors"
         if path.exists():
             try:
                 return Magnitudes.load(path)
@@ -103,6 +105,24 @@ class Runner:
         if self._kept is None:
             self._kept = keep_sinks(lm, text=self.calibration)
         return self._kept
+
+    def searched(self, lm: LM, magnitudes: Magnitudes, scheme: Scheme, folds: Folds) -> FoundAlpha:
+        """Strengths for a scheme, kept on disk: a search takes minutes, and the executed model wants them again."""
+        path = self.folder / f"{_hash([*self._identity(lm), scheme.as_code(), folds])}.json"
+        if path.exists():
+            try:
+                return FoundAlpha.load(path)
+            except SqvizError:  # as above
+                pass
+        found = search_alpha(lm, magnitudes, scheme, folds=folds, cancel=self.cancel, progress=False)
+        self.cancel.check("searching α")
+        found.save(path)
+        return found
+
+    def _identity(self, lm: LM) -> list[Any]:
+        """What the calibration of a model depends on."""
+        kept = sinks_of(lm)
+        return [weights_hash(lm), None if kept is None else kept.tolist(), self._tokens, __version__]
 
     @functools.cached_property
     def _weights(self) -> str:
@@ -161,8 +181,3 @@ def method_bytes(lm: LM, method: Method) -> int:
             count += matrix.numel() * scheme.bits_of_weights // 8 - matrix.numel() * SIXTEEN_BIT
             count += 4 * steps[0] * steps[1] * (1 if scheme.symmetric else 2)
     return count
-
-
-def _second_half() -> Text:
-    documents = list(source())
-    return documents[len(documents) // 2 :]

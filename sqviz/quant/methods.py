@@ -39,6 +39,16 @@ SAMPLES, LENGTH = 512, 512
 Calibrate = Callable[[LM], "Magnitudes"]
 """Captures a model on the calibration text."""
 
+Search = Callable[[LM, "Magnitudes", Scheme, Folds], FoundAlpha]
+"""Finds strengths."""
+
+
+def searched(lm: LM, magnitudes: "Magnitudes", scheme: Scheme, folds: Folds) -> FoundAlpha:
+    """The strengths that `search_alpha` finds by all objectives."""
+    from sqviz.quant.alpha import search_alpha
+
+    return search_alpha(lm, magnitudes, scheme, folds=folds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -48,7 +58,7 @@ class Method:
         name: for tables and plots.
         scheme: how numbers become integers; None leaves them as they are.
         alpha: migration strength: a number, what `sqviz.search_alpha` found, "auto", or None for no smoothing.
-        folds: "norm" as in the thesis, or "all".
+        folds: "norm" as in the thesis, or "all". None: what strengths were found for, "all" for "auto", else "norm".
         norms_without_gain: Outlier Suppression's half that changes the model.
         kept_sinks: read everything behind attention sinks in full precision.
         attention: QKᵀ and PV in integers too (thesis Figure 3.3).
@@ -60,13 +70,16 @@ class Method:
     name: str
     scheme: Scheme | None = None
     alpha: float | FoundAlpha | str | None = None
-    folds: Folds = "norm"
+    folds: Folds | None = None
     norms_without_gain: bool = False
     kept_sinks: bool = False
     attention: bool = False
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.folds is None:
+            own = self.alpha.folds if isinstance(self.alpha, FoundAlpha) else "all" if self.alpha == "auto" else "norm"
+            object.__setattr__(self, "folds", own)
         if isinstance(self.alpha, str) and self.alpha != "auto":
             raise SqvizError(
                 f"Method({self.name!r}, alpha={self.alpha!r}): a number in [0, 1], 'auto' or None is allowed."
@@ -89,7 +102,13 @@ class Method:
         return repr(dataclasses.replace(self, name=""))
 
     def apply(
-        self, lm: LM, calibrate: Calibrate, backend: str = "simulate", *, keep: Callable[[LM], LM] = keep_sinks
+        self,
+        lm: LM,
+        calibrate: Calibrate,
+        backend: str = "simulate",
+        *,
+        keep: Callable[[LM], LM] = keep_sinks,
+        search: Search = searched,
     ) -> LM:
         """The quantised model. `lm` stays as it was.
 
@@ -100,6 +119,7 @@ class Method:
                 no second pass: max|X / s| is max|X| / s.
             backend: as for `sqviz.quantize`.
             keep: gives a model its kept sinks.
+            search: finds strengths, where `alpha` is "auto".
 
         Raises what `keep_sinks`, `smooth` and `quantize` raise.
         """
@@ -107,7 +127,13 @@ class Method:
         magnitudes = calibrate(base) if self._needs_calibration else None
         ready = non_scaling_norms(base) if self.norms_without_gain else base
         if self.alpha is not None:
-            ready = smooth(ready, magnitudes, self.alpha, folds=self.folds, scheme=self.scheme)  # type: ignore[arg-type]
+            assert magnitudes is not None
+            alpha = self.alpha
+            if isinstance(alpha, str):
+                assert self.scheme is not None
+                assert self.folds is not None
+                alpha = search(base, magnitudes, self.scheme, self.folds)
+            ready = smooth(ready, magnitudes, alpha, folds=self.folds)
         if self.scheme is None:
             return ready
         if isinstance(self.scheme.clip, ClipTokens | ClipValues) and ready is not base:
@@ -127,6 +153,7 @@ class Method:
             parts.append(f"α = {shown}" + (", all folds" if self.folds == "all" else ""))
         parts += [self.scheme.replace(name="").describe()] if self.scheme else ["unquantised"]
         parts += ["attention"] if self.attention else []
+        parts += [f"{', '.join(self.skip)} in 16 bit"] if self.skip else []
         return "; ".join(parts)
 
 
@@ -149,22 +176,30 @@ def table_3_2(alpha: float = 0.5) -> tuple[Method, ...]:
     )
 
 
-def frontier(scheme: Scheme, alpha: float = 0.5) -> tuple[Method, ...]:
-    """One scheme, and what each relaxation of it buys: folds, clipped ranges, kept sinks, finer weights.
+def frontier(scheme: Scheme, alpha: float = 0.5, floating: tuple[str, ...] = ()) -> tuple[Method, ...]:
+    """One scheme, and what each relaxation of it buys: folds, clips, kept sinks, single linears, finer weights.
 
-    The first row is the thesis's; each of the others adds to the one before, the last two leave Table 3.2.
+    The first row is the thesis's; kept sinks leave its Figure 3.3, single linears and finer weights its Table 3.2.
+
+    Args:
+        scheme: one level.
+        alpha: strength of all rows but the searched one.
+        floating: glob patterns of linears that stay in 16 bit in a row of their own; none: no such row.
     """
     clipped = scheme.replace(weight_clip=LeastError(), clip=_clip(scheme))
     name = scheme.name or scheme.describe()
-    rows = (
+    rows: tuple[Method, ...] = (
         Method(name, scheme, alpha),
         Method(f"{name}, all folds", scheme, alpha, folds="all"),
         Method(f"{name}, clipped", clipped, alpha),
         Method(f"{name}, clipped, kept sinks", clipped, alpha, kept_sinks=True),
-        Method(f"{name}, clipped, kept sinks, α searched", clipped, "auto", folds="all", kept_sinks=True),
+        Method(f"{name}, clipped, kept sinks, α searched", clipped, "auto", kept_sinks=True),
     )
+    kept = f"{name}, clipped, kept sinks"
+    if floating:
+        rows += (Method(f"{kept}, {', '.join(floating)} in 16 bit", clipped, alpha, kept_sinks=True, skip=floating),)
     finer = clipped.replace(weight=PerChannel())
-    return (*rows, Method(f"{name}, clipped, kept sinks, per-channel weights", finer, alpha, kept_sinks=True))
+    return (*rows, Method(f"{kept}, per-channel weights", finer, alpha, kept_sinks=True))
 
 
 def _clip(scheme: Scheme) -> LeastError | None:

@@ -41,6 +41,28 @@ def forbidden(*_, **__):
     raise AssertionError("nothing may be evaluated again")
 
 
+def test_a_search_is_made_once_for_scores_and_for_latency(lm, tmp_path, monkeypatch):
+    from sqviz.evaluation import method_runner
+
+    searches = []
+
+    def search(*given, **named):
+        searches.append(given[2])
+        return sqviz.search_alpha(*given, "layer", **named)
+
+    monkeypatch.setattr(method_runner, "search_alpha", search)
+    rows = (sqviz.Method("searched", sqviz.SMOOTHQUANT_O1, "auto"),)
+    table = run(lm, tmp_path, rows, latency=True)
+    assert searches == [sqviz.SMOOTHQUANT_O1]
+    assert table["searched"].milliseconds > 0
+    m = sqviz.capture(lm, CALIBRATION, length=40, progress=False)
+    found = sqviz.search_alpha(lm, m, sqviz.SMOOTHQUANT_O1, "layer", progress=False)
+    byhand = sqviz.perplexity(sqviz.quantize(sqviz.smooth(lm, m, found), sqviz.SMOOTHQUANT_O1), SCORED, 40)
+    assert table["searched"].evaluation["perplexity"].value == pytest.approx(byhand, rel=1e-6)
+    run(lm, tmp_path, (rows[0], sqviz.W8A8), length=40, limit=2)
+    assert len(searches) == 1, "other scores of the same method want the same strengths"
+
+
 def test_rows_are_what_the_parts_give(lm, tmp_path):
     table = run(lm, tmp_path)
     assert [row.name for row in table.rows] == ["none", "W8A8", "smooth", "LLM.int8()"]

@@ -80,6 +80,27 @@ def test_calibration_is_asked_for_as_often_as_needed(method, captures):
     assert len(calibrate.models) == captures
 
 
+def test_searched_strengths_bring_their_folds_and_a_search_may_be_given():
+    lm = tiny("LlamaForCausalLM")
+    m = Calibrate()(lm)
+    found = sqviz.search_alpha(lm, m, sqviz.SMOOTHQUANT_O1, "layer", progress=False)
+    asked = []
+
+    def search(*given):
+        asked.append(given)
+        return found
+
+    auto = sqviz.Method("auto", sqviz.SMOOTHQUANT_O1, "auto")
+    assert auto.folds == sqviz.Method("found", sqviz.SMOOTHQUANT_O1, found).folds == "all"
+    assert sqviz.Method("number", sqviz.SMOOTHQUANT_O1, 0.5).folds == "norm"
+    expected = logits(sqviz.quantize(sqviz.smooth(lm, m, found, folds="all"), sqviz.SMOOTHQUANT_O1))
+    torch.testing.assert_close(logits(auto.apply(lm, Calibrate(), search=search)), expected)
+    torch.testing.assert_close(logits(auto.replace(alpha=found).apply(lm, Calibrate())), expected)
+    assert [(given[0], given[2:]) for given in asked] == [(lm, (sqviz.SMOOTHQUANT_O1, "all"))]
+    named = sqviz.Method("norms", sqviz.SMOOTHQUANT_O1, "auto", folds="norm")
+    assert named.folds == "norm"
+
+
 def test_the_frontier_relaxes_step_by_step():
     rows = sqviz.frontier(sqviz.SMOOTHQUANT_O3)
     assert len(rows) == 6
@@ -88,6 +109,11 @@ def test_the_frontier_relaxes_step_by_step():
     assert rows[-1].scheme.weight == sqviz.PerChannel()
     assert rows[3].scheme.clip == LeastError()
     assert sqviz.frontier(sqviz.SMOOTHQUANT_O1)[3].scheme.clip is None
+    single = sqviz.frontier(sqviz.SMOOTHQUANT_O3, floating=("*.29.mlp.down_proj",))
+    assert len(single) == 7
+    assert single[5] == rows[3].replace(name=single[5].name, skip=("*.29.mlp.down_proj",))
+    assert "*.29.mlp.down_proj in 16 bit" in single[5].name
+    assert "*.29.mlp.down_proj in 16 bit" in single[5].describe()
 
 
 @pytest.mark.parametrize("backend", ["simulate", "auto"])
