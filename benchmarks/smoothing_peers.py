@@ -1,6 +1,6 @@
 """SmoothQuant of others on the embedded model, beside sqviz's: same calibration tokens, same scored tokens, same code.
 
-    python -m benchmarks.smoothing_peers [--samples 16] [--segments 16] [--alphas 0.5 0.8] [--threads 2]
+    python -m benchmarks.smoothing_peers [--samples 8] [--segments 16] [--alphas 0.5 0.8] [--threads 2]
 
 torchao's prototype (divides the input of every linear at run time) and llm-compressor's SmoothQuantModifier with round
 to nearest (folds into norms) run in environments of their own, made here on the first use. Weights have a step per
@@ -202,7 +202,7 @@ class Results:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", type=int, default=16, help="documents to score, one segment each")
-    parser.add_argument("--samples", type=int, default=16, help="segments to calibrate on")
+    parser.add_argument("--samples", type=int, default=8, help="segments to calibrate on")
     parser.add_argument("--alphas", type=float, nargs="+", default=(0.5, 0.8))
     parser.add_argument("--software", nargs="+", default=("sqviz", *NEEDS), choices=("sqviz", *NEEDS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
