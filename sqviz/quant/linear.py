@@ -16,6 +16,7 @@ that of the second one expert by expert. Per-tensor dynamic steps span whatever 
 """
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from sqviz.progress import progress as progress_bar
 from sqviz.quant import int8_attention
 from sqviz.quant.calibration import Calibration
 from sqviz.quant.execute import Executor, check_executable, finish
+from sqviz.quant.granularity import PerGroup
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.simulate import Simulator
 
@@ -70,7 +72,8 @@ def quantize(
 
     Raises:
         SqvizError: the scheme needs calibration and `magnitudes` are missing or another model's; an unknown backend; a
-            scheme that cannot be executed in integers; a linear is quantised already or of a kind that is not known.
+            scheme that cannot be executed in integers; groups that do not divide the channels of a linear; a linear is
+            quantised already or of a kind that is not known.
         Unavailable: the backend cannot run on this machine; the message says why.
         NoSuchLayer: a pattern matches nothing.
         NonFinite: a weight holds a NaN or an infinity.
@@ -95,6 +98,7 @@ def quantize_calibrated(
     lm, scheme, cancel = calibration.lm, calibration.scheme, calibration.cancel
     pairs = [(group, name) for group in groups(lm) for name in group.consumers]
     skipped = matching(skip, [name for _, name in pairs])
+    _check_groups(lm, scheme, [name for group, name in pairs if name not in skipped and not is_router(lm, group, name)])
     make = _simulated if backend == "simulate" else _executed
     with progress_bar(len(pairs), "quantising", unit="linears", cancel=cancel, show=progress) as bar:
         model = make(lm, calibration, backend, skipped, head, bar.step)
@@ -141,6 +145,23 @@ def _executed(lm: LM, calibration: Calibration, backend: str, skipped: set[str],
         executor.head()
     finish(model)
     return model
+
+
+def _check_groups(lm: LM, scheme: Scheme, names: Sequence[str]) -> None:
+    """Raise `SqvizError` for groups that leave some channels of a linear over; one group may hold a whole row."""
+    channels = {name: weight(lm, name).shape[1] for name in names}
+    for granularity in (scheme.weight, scheme.activation):
+        if not isinstance(granularity, PerGroup):
+            continue
+        for name, count in channels.items():
+            if count > granularity.size and count % granularity.size:
+                common = math.gcd(*channels.values())
+                sizes = [size for size in range(2, min(common, 256) + 1) if common % size == 0]
+                fitting = f"groups of {', '.join(map(str, sizes))} divide all" if sizes else "no size divides all"
+                raise SqvizError(
+                    f"{granularity!r} leaves {count % granularity.size} of the {count} channels of {name} over: "
+                    f"{fitting}. Change the size, or leave linears out with skip=…"
+                )
 
 
 def is_router(lm: LM, group: Group, name: str) -> bool:

@@ -185,7 +185,8 @@ def _clipped(clip: Clip) -> str:
 
 
 W8A8 = Scheme(PerTensor(), PerTensor(), name="W8A8")
-ZEROQUANT = Scheme(PerGroup(128), PerToken(), name="ZeroQuant")
+ZEROQUANT = Scheme(PerGroup(64), PerToken(), name="ZeroQuant")
+"""Groups of 64 channels, which divide those of every common model; the thesis names no size."""
 LLM_INT8 = Scheme(PerChannel(), PerToken(), outliers=6.0, name="LLM.int8()")
 OUTLIER_SUPPRESSION = Scheme(PerTensor(), PerTensor(), static=True, clip=LeastError(), name="Outlier Suppression")
 """Its other half, the norm without a gain, changes the model and not the scheme: `sqviz.non_scaling_norms`."""

@@ -81,14 +81,15 @@ def test_equals_naive_fake_quantisation(name):
     assert not torch.equal(logits(per_token), logits(lm))
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 @pytest.mark.parametrize(
-    "scheme",
+    ("name", "scheme"),
     [
-        ZEROQUANT,
-        Scheme(PerGroup(7), PerGroup(5), bits=6, weight_bits=4, symmetric=False),
-        Scheme(None, PerChannel()),
-        Scheme(PerChannel(), None, bits=3),
+        *(
+            (name, scheme)
+            for name in ("LlamaForCausalLM", "GPT2LMHeadModel")
+            for scheme in (ZEROQUANT, Scheme(None, PerChannel()), Scheme(PerChannel(), None, bits=3))
+        ),
+        ("MixtralForCausalLM", Scheme(PerGroup(8), PerGroup(6), bits=6, weight_bits=4, symmetric=False)),
     ],
 )
 def test_every_kind_of_scheme_runs_and_is_near_at_eight_bits(name, scheme):
@@ -97,6 +98,20 @@ def test_every_kind_of_scheme_runs_and_is_near_at_eight_bits(name, scheme):
     error = float((logits(eight) - logits(lm)).norm() / logits(lm).norm())
     assert 0 < error < 0.5
     assert not torch.equal(logits(quantize(lm, scheme)), logits(eight)) or scheme.bits == scheme.bits_of_weights == 8
+
+
+@pytest.mark.parametrize("field", ["weight", "activation"])
+def test_groups_that_leave_channels_over_are_refused(field):
+    """Of 48 channels and, in the experts, 24."""
+    lm = tiny("MixtralForCausalLM")
+    scheme = Scheme(**{"weight": PerChannel(), "activation": PerToken(), field: PerGroup(16)})
+    with pytest.raises(SqvizError, match=r"leaves 8 of the 24 channels of .*: groups of 2, 3, 4, 6, 8, 12, 24 divide"):
+        quantize(lm, scheme)
+    for size in (12, 24, 48, 64):  # 48 and 64: a whole row of the experts is one group
+        quantize(lm, scheme.replace(**{field: PerGroup(size)}))
+    with pytest.raises(SqvizError, match="no size divides all"):
+        quantize(tiny("LlamaForCausalLM"), scheme)
+    quantize(tiny("LlamaForCausalLM"), scheme, skip="*.down_proj")
 
 
 def test_a_model_without_activation_scheme_keeps_its_weights_shared():

@@ -12,7 +12,7 @@ from sqviz.quant.schemes import PRESETS, Scheme
 def test_presets_are_the_rows_of_table_3_2():
     table = {  # weight, activation, static
         "W8A8": (PerTensor(), PerTensor(), False),
-        "ZEROQUANT": (PerGroup(128), PerToken(), False),
+        "ZEROQUANT": (PerGroup(64), PerToken(), False),
         "LLM_INT8": (PerChannel(), PerToken(), False),
         "OUTLIER_SUPPRESSION": (PerTensor(), PerTensor(), True),
         "SMOOTHQUANT_O1": (PerTensor(), PerToken(), False),
