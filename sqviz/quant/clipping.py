@@ -30,7 +30,7 @@ from sqviz.quant.granularity import Granularity
 SHARES = tuple(0.85**k for k in range(30))
 """Shares of the maximum that `LeastError` tries, from all of it downwards, until the error is HOPELESS."""
 
-HOPELESS = 2.0
+HOPELESS = 4.0
 """How many times the least error so far ends the search."""
 
 

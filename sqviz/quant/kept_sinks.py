@@ -30,6 +30,9 @@ from sqviz.models.lm import LM, share
 from sqviz.observe.hooks import body, watch
 from sqviz.quant.plain import check_floating
 
+NOTABLE = 0.95
+"""What the largest inputs fall to if they fall at all."""
+
 MOST = 4
 """How many sinks are tried at most: as many as StreamingLLM keeps (thesis §4.3)."""
 
@@ -116,14 +119,16 @@ def begun_cache(lm: LM, batch: int) -> Any:
     return cache
 
 
-def choose_sinks(lm: LM, text: Text | None = None, samples: int = 4, length: int = 64) -> Int64[Tensor, " sink"]:
+def choose_sinks(lm: LM, text: Text | None = None, samples: int = 8, length: int = 96) -> Int64[Tensor, " sink"]:
     """The tokens behind which a text has the smallest outliers, found greedily.
 
     Tried are the tokens that the model's tokenizer names (beginning and end of a text) and those that carry the
-    largest inputs of a linear in `text`. The first of them that does about as well as any is kept, then others as long
-    as the largest inputs, averaged over all linears, fall by a twentieth. These also read `text` begun by each of the
-    tried tokens: one that follows nothing but itself sees what the kept one saw, and becomes a sink once more. Two
-    different ones kept prevent it.
+    largest inputs of a linear in `text`. One is added after the other, MOST at most, as long as the largest inputs,
+    averaged over all linears, fall by a twentieth; of those that do so about equally, the one behind which the model
+    reads `text` best.
+
+    From the second on, inputs are also looked at while `text` is begun by each of the tried tokens: one that follows
+    nothing but itself sees what the kept one saw, and becomes a sink once more. Two different ones kept prevent it.
 
     Raises `SqvizError` as `capture` does for the text.
     """
@@ -131,29 +136,20 @@ def choose_sinks(lm: LM, text: Text | None = None, samples: int = 4, length: int
 
     segments = torch.stack(list(as_segments(lm, source() if text is None else text, samples, length)))
     tried = _candidates(lm, segments)
-    kept = _better(lm, segments, torch.empty(0, dtype=torch.int64), tried, math.inf)[0]
     begun = segments[:1].repeat(len(tried), 1)
     begun[:, 0] = tried
-    segments = torch.cat([segments, begun])
-    best = _height(lm, segments, kept)
+    kept, best = torch.empty(0, dtype=torch.int64), math.inf
     while len(kept) < MOST:
-        more, height = _better(lm, segments, kept, tried, best)
-        if len(more) == len(kept):
+        others = begun if len(kept) else begun[:0]
+        if len(kept) == 1:
+            best = _behind(lm, segments, others, kept)[0]
+        found = [(*_behind(lm, segments, others, torch.cat([kept, one])), one) for one in tried.split(1)]
+        least = min(height for height, _, _ in found)
+        if least > NOTABLE * best:
             break
-        kept, best = more, height
+        _, _, one = min((one for one in found if one[0] <= least / NOTABLE), key=lambda one: one[1])
+        kept, best = torch.cat([kept, one]), least
     return kept
-
-
-def _better(
-    lm: LM, segments: Int64[Tensor, "segment token"], kept: Int64[Tensor, " sink"], tried: Tensor, best: float
-) -> tuple[Int64[Tensor, " sink"], float]:
-    """`kept` and one of the `tried` tokens, if that lowers the height by a twentieth; of near equals the first."""
-    longer = kept
-    for one in tried.split(1):
-        height = _height(lm, segments, torch.cat([kept, one]))
-        if height < 0.95 * best:
-            longer, best = torch.cat([kept, one]), height
-    return longer, best
 
 
 def _candidates(lm: LM, segments: Int64[Tensor, "segment token"], most: int = 6) -> Int64[Tensor, " token"]:
@@ -174,18 +170,22 @@ def _candidates(lm: LM, segments: Int64[Tensor, "segment token"], most: int = 6)
     return torch.tensor(list(ids)[:most], dtype=torch.int64)
 
 
-def _height(lm: LM, segments: Int64[Tensor, "segment token"], kept: Int64[Tensor, " sink"]) -> float:
-    """The mean over linears of max|X|, of the segments read behind some kept tokens."""
+def _behind(
+    lm: LM, segments: Int64[Tensor, "segment token"], others: Int64[Tensor, "other token"], kept: Int64[Tensor, " sink"]
+) -> tuple[float, float]:
+    """Behind some kept tokens: the mean over linears of max|X|, in all texts; nats per token of the segments."""
     tallest: list[float] = []
-    ids = torch.cat([kept.expand(len(segments), -1), segments], 1)
+    ids = torch.cat([segments, others])
+    ids = torch.cat([kept.expand(len(ids), -1), ids], 1).to(lm.device)
 
     def see(group: Any, x: Float[Tensor, "row channel"]) -> None:
         rows = x if len(x) != ids.numel() else x.unflatten(0, ids.shape)[:, len(kept) :]
         tallest.append(float(rows.abs().amax()))
 
     with torch.no_grad(), watch(lm, see, groups(lm)):
-        body(lm)(ids.to(lm.device), use_cache=False)
-    return sum(tallest) / len(tallest)
+        logits = lm.model(ids, use_cache=False).logits[: len(segments), len(kept) : -1].float()
+    nll = nn.functional.cross_entropy(logits.flatten(0, 1), ids[: len(segments), len(kept) + 1 :].flatten())
+    return sum(tallest) / len(tallest), float(nll)
 
 
 # --- keys and values ---

@@ -14,7 +14,7 @@ from sqviz.progress import CancelToken
 
 SEGMENTS = 4
 LARGEST = 6
-RANDOM = 18
+RANDOM = 42
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
