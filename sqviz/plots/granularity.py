@@ -67,8 +67,8 @@ def granularity_figure(
                 row=row,
                 col=column,
             )
-            figure.update_xaxes(showticklabels=False, constrain="domain", row=row, col=column)
-            figure.update_yaxes(showticklabels=False, autorange="reversed", row=row, col=column)
+            figure.update_xaxes(showticklabels=False, ticks="", constrain="domain", row=row, col=column)
+            figure.update_yaxes(showticklabels=False, ticks="", autorange="reversed", row=row, col=column)
     figure.update_layout(template=template(theme), title=title, height=110 + pixels)
     return figure.update_annotations(font_size=11)
 

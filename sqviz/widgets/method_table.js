@@ -162,7 +162,7 @@ function render({ model, el }) {
       th.dataset.key = column.key;
       const way = sorted.key === column.key ? sorted.way : 0;
       th.setAttribute("aria-sort", { "-1": "descending", 0: "none", 1: "ascending" }[way]);
-      const arrow = { "-1": " ▼", 0: "", 1: " ▲" }[way];
+      const arrow = { "-1": "\u00a0▼", 0: "", 1: "\u00a0▲" }[way];
       const button = element("button", "mt-sort", `${column.label}${column.unit ? `, ${column.unit}` : ""}${arrow}`);
       button.type = "button";
       button.title = `${column.help} Click to sort.`;
