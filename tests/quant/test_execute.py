@@ -285,7 +285,7 @@ def test_weights_can_be_read_and_captured_from():
 @pytest.mark.parametrize(
     ("scheme", "words"),
     [
-        (ZEROQUANT, r"weight=PerGroup\(size=128\)"),
+        (ZEROQUANT, r"weight=PerGroup\(size=64\)"),
         (Scheme(PerTensor(), PerChannel(), static=True), "PerTensor\\(\\) or PerToken"),
         (Scheme(symmetric=False), "zero points"),
         (Scheme(bits=4), "bits=4"),

@@ -392,7 +392,7 @@ def test_no_step_is_zero(dtype, tmp_path):
 @pytest.mark.parametrize(
     ("scheme", "match"),
     [
-        (ZEROQUANT, r"weight=PerGroup\(size=128\): PerTensor\(\) or PerChannel\(\)"),
+        (ZEROQUANT, r"weight=PerGroup\(size=64\): PerTensor\(\) or PerChannel\(\)"),
         (Scheme(weight=None), "weight=None"),
         (Scheme(activation=None), "activation=None"),
         (Scheme(activation=PerChannel()), r"activation=PerChannel\(\): PerToken\(\) or PerTensor\(\)"),

@@ -103,7 +103,7 @@ def test_a_capture_without_maps_gets_them_measured(explore, lm, magnitudes, tmp_
 # --- the code that reproduces a state ---
 
 
-@pytest.mark.parametrize("scheme", [sqviz.W8A8, sqviz.SMOOTHQUANT_O3, sqviz.Scheme(sqviz.PerGroup(16), None, bits=4)])
+@pytest.mark.parametrize("scheme", [sqviz.W8A8, sqviz.SMOOTHQUANT_O3, sqviz.Scheme(sqviz.PerGroup(64), None, bits=4)])
 def test_the_copied_code_makes_the_model_that_the_estimate_scores(explore, lm, magnitudes, scheme):
     explorer = settle(explore(scheme=scheme, alpha=0.65, folds="norm"))
     names = {"sqviz": sqviz, "lm": lm, "magnitudes": magnitudes}
