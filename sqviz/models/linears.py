@@ -8,7 +8,6 @@ linears; `weight` shows all of them as [out channel]. Embeddings and lm_head are
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -63,10 +62,9 @@ def groups(lm: LM) -> tuple[Group, ...]:
     Raises:
         NoSuchLayer: the model lacks a module that its row in `ARCHS` names.
     """
-    blocks = cast(nn.ModuleList, lm.model.get_submodule(lm.arch.blocks))
     return tuple(
         _resolve(lm, line, index)
-        for index, block in enumerate(blocks)
+        for index, block in enumerate(lm.blocks)
         for line in lm.arch.inputs
         if line.holds(lm.config) and (not line.where or _exists(block, line.where))
     )

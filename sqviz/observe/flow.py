@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from sqviz.models.lm import LM
 from sqviz.observe.flow_attention import BIAS, Attended, attend
-from sqviz.observe.flow_paths import Paths, blocks_of, linear_paths
+from sqviz.observe.flow_paths import Paths, linear_paths
 from sqviz.observe.hooks import body
 
 Kind = Literal["norm", "linear", "rotary", "product", "softmax", "activation", "multiply", "add"]
@@ -90,7 +90,7 @@ class Flow(TorchFunctionMode):
 
     def __enter__(self) -> "Flow":
         named = linear_paths(self._lm) if self._paths is None else self._paths
-        for index, block in enumerate(blocks_of(self._lm)):
+        for index, block in enumerate(self._lm.blocks):
             if self._only in (None, index):
                 self._watch_block(index, block, named[index])
         super().__enter__()
@@ -316,7 +316,7 @@ def operators_of(lm: LM) -> tuple[tuple[Operator, ...], ...]:
     tokens = torch.arange(4, 12, device=lm.device) % lm.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     with torch.no_grad(), Flow(lm, lambda *_: None) as flow:
         body(lm)(tokens[None], use_cache=False)
-    return tuple(tuple(flow.operators[index]) for index in range(len(blocks_of(lm))))
+    return tuple(tuple(flow.operators[index]) for index in range(len(lm.blocks)))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -2,18 +2,11 @@
 
 from collections.abc import Mapping
 
-from torch import nn
-
 from sqviz.models.linears import experts, groups
 from sqviz.models.lm import LM
 
 Paths = Mapping[int, Mapping[str, bool]]
 """By block: path of each linear, or of the module that fuses experts, and whether it is the latter."""
-
-
-def blocks_of(lm: LM) -> list[nn.Module]:
-    """The blocks of a model, in order."""
-    return list(lm.model.get_submodule(lm.arch.blocks).children())
 
 
 def linear_paths(lm: LM) -> Paths:

@@ -8,10 +8,8 @@ Everything is the model's own forward pass, watched and changed at one operator 
                    activations: what it would cost to hand it on in INT8
 """
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import torch
@@ -21,8 +19,7 @@ from torch import Tensor, nn
 from sqviz.models.linears import experts, groups, weight
 from sqviz.models.lm import LM, share
 from sqviz.observe.flow import Flow, Operator
-from sqviz.observe.flow_paths import blocks_of, linear_paths
-from sqviz.observe.hooks import body
+from sqviz.observe.flow_paths import linear_paths
 from sqviz.quant.attention_products import mix, scores
 from sqviz.quant.block import Blocks
 from sqviz.quant.calibration import Calibration
@@ -63,7 +60,7 @@ class Meter:
         self._paths = linear_paths(self.lm)
         self._simulator = Simulator(self.lm, self.scheme, calibration)
         self._twins: dict[tuple[int, str], nn.Module] = {}
-        self._tail: tuple[int, LM] = (-1, self.lm)
+        self._own = self.lm.replace(model=share(self.lm.model))  # others may be using the model
         self._blocks = Blocks(self.lm, segments)
         self._divergence = Divergence(self.lm, segments)
 
@@ -90,10 +87,8 @@ class Meter:
 
     def in_model(self, name: str, block: int | None = None) -> float:
         """KL(p ‖ p̂) of the next token in nats, with this operator quantised in one block, or in all that have it."""
-        self._divergence(self.lm)
-        model = self.lm if block is None else self._behind(block)
-        with self._only(name, block, model):
-            found = self._divergence(model)
+        with self._only(name, block, self._own):
+            found = self._divergence(self._own, since=block or 0)
         if block is None:
             self._twins.clear()
         return max(0.0, found)  # rounding leaves ±1e-7 of nothing
@@ -115,28 +110,6 @@ class Meter:
             return self.quantised(index, operator, operands, result) if operator.name == name else None
 
         return Flow(self.lm if model is None else model, see, block, self._paths)
-
-    def _behind(self, block: int) -> LM:
-        """The model with every block before this one giving out what it gave the segments before, uncomputed."""
-        if self._tail[0] != block:
-            self._tail = (-1, self.lm)
-            tail = self.lm.replace(model=share(self.lm.model))
-            for module, made in zip(blocks_of(tail)[:block], self._made, strict=False):
-                module.forward = _Again(made)
-            self._tail = (block, tail)
-        return self._tail[1]
-
-    @functools.cached_property
-    def _made(self) -> list[list[Any]]:
-        """What every block gives out, segment by segment."""
-        blocks = blocks_of(self.lm)
-        found: list[list[Any]] = [[] for _ in blocks]
-        with contextlib.ExitStack() as undo, torch.no_grad():
-            for block, made in zip(blocks, found, strict=True):
-                undo.callback(block.register_forward_hook(lambda _, __, out, made=made: made.append(out)).remove)
-            for segment in self.segments:
-                body(self.lm)(segment[None].to(self.lm.device), use_cache=False)
-        return found
 
     # --- one operator ---
 
@@ -221,16 +194,6 @@ class Meter:
             return {"P": operands[0], "V": operands[1]}
         inputs = [one for one in operands if isinstance(one, Tensor) and one.is_floating_point()]
         return {"X" if len(inputs) == 1 else f"X{at + 1}": one for at, one in enumerate(inputs)}
-
-
-class _Again:
-    """Stands for a block's forward: gives out what it gave for each segment in turn."""
-
-    def __init__(self, made: list[Any]) -> None:
-        self._turn = itertools.cycle(made)
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        return next(self._turn)
 
 
 def held(scheme: Scheme) -> Scheme:

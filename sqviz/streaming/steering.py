@@ -83,7 +83,7 @@ def steer(cache: "SinkCache") -> list[Any]:
             cache.bias = _biased(cache, form, slope, twice)
         return args, kwargs | cache.bias
 
-    for block in cache.lm.model.get_submodule(cache.lm.arch.blocks).children():
+    for block in cache.lm.blocks:
         attention = block.get_submodule(cache.scheme.attention)
         handles.append(attention.register_forward_pre_hook(biased, with_kwargs=True))
     return handles

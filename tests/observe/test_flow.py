@@ -6,7 +6,6 @@ import torch
 from sqviz.models.linears import groups
 from sqviz.models.tiny import TINY, tiny
 from sqviz.observe.flow import Flow, operators_of
-from sqviz.observe.flow_paths import blocks_of
 
 IDS = (torch.arange(20) * 37 % 128 + 3)[None]
 ATTENTION = ["qk", "softmax", "pv"]
@@ -97,7 +96,7 @@ def test_every_architecture_has_its_linears_and_one_attention_and_is_left_alone(
     before = {key: value.clone() for key, value in lm.model.state_dict().items()}
     logits = lm.model(IDS).logits
     found = operators_of(lm)
-    assert len(found) == len(blocks_of(lm)) == 2
+    assert len(found) == len(lm.blocks) == 2
     for block, ops in enumerate(found):
         names = [one.name for one in ops]
         prefix = f"{lm.arch.blocks}.{block}."
@@ -112,7 +111,7 @@ def test_every_architecture_has_its_linears_and_one_attention_and_is_left_alone(
         assert set(names) - read == {names[-1]}
     assert torch.equal(lm.model(IDS).logits, logits)
     assert all(torch.equal(value, before[key]) for key, value in lm.model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in blocks_of(lm)[0].modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.blocks[0].modules())
 
 
 @pytest.mark.parametrize("name", ["BloomForCausalLM", "MptForCausalLM", "FalconForCausalLM/rw"])
