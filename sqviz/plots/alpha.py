@@ -55,14 +55,14 @@ def alpha_lines(
             colour = colours[number % len(colours)]
             figure.add_trace(_line(label, points, number, colour, legend=row == 1), **at)
             figure.add_trace(_star(label, points, colour), **at)
-        figure.update_yaxes(title=panel, **axis_of(span(lines, references, panel)), **at)
-    below = textwrap.wrap(note, 90)
+        figure.update_yaxes(title={"text": panel, "standoff": 10}, **axis_of(span(lines, references, panel)), **at)
+    below = textwrap.wrap(note, 64)
     figure.update_xaxes(**alpha_axis(lines))
     figure.update_xaxes(title="migration strength α", row=len(lines), col=1)
     figure.update_layout(
         template=template(theme),
         title={"text": title, "subtitle": {"text": "<br>".join(below)}},
-        margin={"t": 60 + 18 * len(below)},
+        margin={"t": 60 + 18 * len(below), "l": 78},
         legend={"orientation": "h", "y": -0.3 / len(lines)},
         height=200 + 220 * len(lines),
         hovermode="closest",
