@@ -58,6 +58,9 @@ FLAT: dict[str, tuple[float | None, float | None]] = {
 }
 """What "auto" tries beside the searches: strengths of all folds into norms, and of all into linears."""
 
+STARTS: tuple[tuple[float | None, float | None], ...] = ((None, None), (0.5, None), (0.5, 0.5))
+"""Where that search begins, at the best of these: strengths of all folds into norms, and of all into linears."""
+
 REFINED = 8
 """Blocks whose groups get strengths of their own where the divergence of the logits is searched by."""
 
@@ -149,7 +152,9 @@ class _Search:
         kinds = len({group.kind for group in self.groups})
         blocks = [group.block for group in self.groups]
         refined = len(set(blocks)) + min(REFINED, len(set(blocks))) * max(map(blocks.count, blocks))
-        return {"layer": len(blocks), "block": len(blocks), "logits": 2 + kinds * len(GRID) + refined}[objective]
+        return {"layer": len(blocks), "block": len(blocks), "logits": len(STARTS) + kinds * len(GRID) + refined}[
+            objective
+        ]
 
     # --- the three searches ---
 
@@ -195,10 +200,10 @@ class _Search:
     def by_logits(self, found: Alphas, bar: Bar) -> None:
         """One α for each kind of linear, then some of their own, by the divergence of the logits."""
         kinds = list(dict.fromkeys(group.kind for group in self.groups))
-        by_norm = {group.kind: 0.5 if group.fold_kind == "norm" else None for group in self.groups}
         now: dict[str, float | None] = {}
         least = math.inf
-        for start in (dict.fromkeys(kinds, None), by_norm):
+        for norm, linear in STARTS:
+            start = {group.kind: norm if group.fold_kind == "norm" else linear for group in self.groups}
             value = self.divergence(self._spread(start), self.searched)
             if value < least:
                 least, now = value, start
@@ -238,7 +243,8 @@ class _Search:
         for label, (norm, linear) in FLAT.items():
             self._flat[label] = {group.name: norm if group.fold_kind == "norm" else linear for group in self.groups}
         for name, alphas in {**found, **self._flat}.items():
-            self.decided.append(Tried(name, self.divergence(alphas, self.held)))
+            model = self._quantised(self._smoothed(alphas), None)
+            self.decided.append(Tried(name, self.held(model), self.searched(model)))
             bar.step()
         return list(self.decided)
 

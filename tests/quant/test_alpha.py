@@ -65,7 +65,8 @@ def test_logits_are_searched_by_kind_and_then_block_by_block(lm, m, monkeypatch)
         return {group.name: by_kind[group.kind] for group in groups(lm)}
 
     by_norm = {group.kind: 0.5 if group.fold_kind == "norm" else None for group in groups(lm)}
-    now = min(dict.fromkeys(kinds), by_norm, key=lambda one: value(spread(one)))
+    starts = (dict.fromkeys(kinds), by_norm, dict.fromkeys(kinds, 0.5))
+    now = min(starts, key=lambda one: value(spread(one)))
     least = value(spread(now))
     for kind in kinds:
         for alpha in GRID:
@@ -179,6 +180,8 @@ def test_auto_keeps_what_is_best_on_text_that_no_search_has_seen(lm, m):
     )
     flat = divergence(lm, sqviz.quantize(sqviz.smooth(lm, m, 0.5, folds="all"), scheme, m), held)
     assert flat == pytest.approx(next(t.divergence for t in found.tried if t.name == "flat 0.5"), rel=1e-3)
+    seen = divergence(lm, sqviz.quantize(smoothed, scheme, m), TOKENS.view(-1, 40)[:SEARCHED])
+    assert seen == pytest.approx(found.tried[0].searched, rel=1e-3)
     auto = sqviz.smooth(lm, m, "auto", scheme=scheme, folds="all")
     assert {name: s.tolist() for name, s in auto.scales.items()} == {
         name: s.tolist() for name, s in smoothed.scales.items()
