@@ -91,7 +91,9 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         "--alpha", type=_alpha, default=0.5, help="0 to 1, a .json file of FoundAlpha.save, auto (searched), none (0.5)"
     )
     command.add_argument(
-        "--folds", choices=("norm", "all"), help="where smoothing folds into (norm; all for α that was searched)"
+        "--folds",
+        choices=("norm", "all", "outliers"),
+        help="where smoothing folds into (norm; those of the search for α that was searched)",
     )
     command.add_argument(
         "--text", help="calibration text: a file or folder (the second half of the presidential addresses)"

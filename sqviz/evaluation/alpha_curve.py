@@ -70,7 +70,7 @@ def alpha_curve(
         text: held text, which the calibration should not contain; the curve says how much of it does.
         schemes: one line each.
         alphas: strengths in [0, 1], one for all folds; None: not smoothed.
-        folds: "norm" as in the thesis, or "all" exact ones.
+        folds: as for `sqviz.smooth`; "norm" as in the thesis.
         samples, length: how many segments of the text are scored, and tokens in each.
         live: in a notebook, draw the lines while they grow, with a button that stops the work.
         on_point: called with the curve so far after each point.

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from sqviz.errors import SqvizError
-from sqviz.quant.plan import Folds
+from sqviz.quant.plan import FOLDS, Folds
 from sqviz.shown import Shown
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class AlphaCurve(Shown):
 
     @property
     def _note(self) -> str:
-        folds = "all folds" if self.folds == "all" else "folds into norms"
+        folds = FOLDS[self.folds]
         seen = f"; {self.seen:.0%} of them stand in the calibration too!" if self.seen > 0.01 else ""
         return f"{self.tokens:,} tokens in segments of {self.length}, {folds}; a star marks the least{seen}"
 

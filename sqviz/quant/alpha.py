@@ -8,7 +8,8 @@ is searched for depends on what one looks at:
                sees of another.
     "block"    the same of a block's output, its groups searched in turns (coordinate descent)
     "logits"   the Kullback-Leibler divergence KL(p ‖ p̂) of the next token: first one α for each kind of linear, the
-               kinds searched in turns, then for each group of the REFINED blocks that lose most an α of its own
+               kinds in turns, then for each group of the REFINED blocks that lose most an α of its own. From the best
+               of what it has, None and MIDDLE each walks along GRID as far as that helps
 
     "auto"     all three, and flat strengths beside them; what has the least divergence on segments that no search has
                seen is kept
@@ -20,7 +21,7 @@ decide. Everything is simulated. A search that is cancelled returns the best it 
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -37,8 +38,8 @@ from sqviz.quant.divergence import Divergence
 from sqviz.quant.found_alpha import FoundAlpha, Tried
 from sqviz.quant.linear import quantize_calibrated
 from sqviz.quant.plain import check_floating
-from sqviz.quant.plan import Folds
-from sqviz.quant.rows import Rows, sample_rows
+from sqviz.quant.plan import Folds, usual_folds
+from sqviz.quant.rows import SEGMENTS, Rows, sample_rows
 from sqviz.quant.schemes import Scheme
 from sqviz.quant.smooth import smooth
 
@@ -47,8 +48,11 @@ if TYPE_CHECKING:
 
 Objective = Literal["layer", "block", "logits", "auto"]
 OBJECTIVES = ("layer", "block", "logits", "auto")
-GRID: tuple[float | None, ...] = (None, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
-"""What is tried for each group; None leaves it unsmoothed."""
+GRID: tuple[float | None, ...] = (None, 0.2, 0.4, 0.5, 0.6, 0.7, 0.85)
+"""What a group may get; None leaves it unsmoothed."""
+
+MIDDLE = 0.5
+"""Of GRID, where optima usually are."""
 
 FLAT: dict[str, tuple[float | None, float | None]] = {
     "none": (None, None),
@@ -64,7 +68,7 @@ STARTS: tuple[tuple[float | None, float | None], ...] = ((None, None), (0.5, Non
 REFINED = 8
 """Blocks whose groups get strengths of their own where the divergence of the logits is searched by."""
 
-SEARCHED, HELD = 2, 4
+SEARCHED, HELD = 3, 4
 """Segments of the calibration that are searched on, and that decide."""
 
 Alphas = dict[str, float | None]
@@ -77,7 +81,7 @@ def search_alpha(
     scheme: Scheme,
     objective: Objective = "auto",
     *,
-    folds: Folds = "all",
+    folds: Folds | None = None,
     cancel: CancelToken | None = None,
     progress: bool = True,
 ) -> FoundAlpha:
@@ -85,10 +89,10 @@ def search_alpha(
 
     Args:
         lm: the model, not quantised; it stays as it was.
-        magnitudes: from `sqviz.capture` of this model, six segments at least; they also give the text to search on.
+        magnitudes: from `sqviz.capture` of this model, seven segments at least; they also give the text to search on.
         scheme: what the model will be quantised by.
         objective: see above.
-        folds: "norm" as in the thesis, or "all" exact ones.
+        folds: as for `sqviz.smooth`; None: "outliers" where a weight has one step per tensor, else "all".
         cancel: ends the search; so does the progress bar's button. The best so far is returned.
         progress: draw a bar.
 
@@ -99,6 +103,7 @@ def search_alpha(
         raise SqvizError(f"objective={objective!r}: one of {', '.join(OBJECTIVES)} is allowed.")
     check_floating(lm, "search α for")
     cancel = CancelToken() if cancel is None else cancel
+    folds = folds or usual_folds(scheme)
     search = _Search(lm, magnitudes, scheme, folds, cancel)
     stages = {"layer": search.by_layer, "block": search.by_block, "logits": search.by_logits}
     chosen = list(stages) if objective == "auto" else [objective]
@@ -139,11 +144,11 @@ class _Search:
             )
         self.segments = segments[:SEARCHED]
         self.searched, self.held = Divergence(lm, self.segments), Divergence(lm, segments[-HELD:])
-        kinds = ("norm", "linear") if folds == "all" else ("norm",)
+        kinds = ("norm",) if folds == "norm" else ("norm", "linear")
         self.groups = [group for group in groups(lm) if group.fold_kind in kinds]
         if not self.groups:
             raise SqvizError(f"nothing in {lm.name} can be folded with folds={folds!r}, so there is no α to search.")
-        self.rows: Rows = sample_rows(lm, segments[: max(SEARCHED, 4)])
+        self.rows: Rows = sample_rows(lm, segments[:SEGMENTS])
         self.decided: list[Tried] = []
         self._flat: dict[str, Alphas] = {}
 
@@ -152,9 +157,7 @@ class _Search:
         kinds = len({group.kind for group in self.groups})
         blocks = [group.block for group in self.groups]
         refined = len(set(blocks)) + min(REFINED, len(set(blocks))) * max(map(blocks.count, blocks))
-        return {"layer": len(blocks), "block": len(blocks), "logits": len(STARTS) + kinds * len(GRID) + refined}[
-            objective
-        ]
+        return {"layer": len(blocks), "block": len(blocks), "logits": len(STARTS) + kinds + refined}[objective]
 
     # --- the three searches ---
 
@@ -210,13 +213,9 @@ class _Search:
             bar.step()
         found.update(self._spread(now))
         for kind in kinds:
-            for alpha in GRID:
-                if alpha != now[kind]:
-                    value = self.divergence(self._spread({**now, kind: alpha}), self.searched)
-                    if value < least:
-                        least, now = value, {**now, kind: alpha}
-                        found.update(self._spread(now))
-                bar.step()
+            now[kind], least = _climb(now[kind], least, functools.partial(self._with_kind, now, kind))
+            found.update(self._spread(now))
+            bar.step()
         self._refine(found, bar)
 
     def _refine(self, found: Alphas, bar: Bar) -> None:
@@ -227,14 +226,21 @@ class _Search:
             bar.step()
         for index in sorted(alone, key=lambda index: -alone[index])[:REFINED]:
             for group in (group for group in self.groups if group.block == index):
-                for alpha in GRID:
-                    value = self._alone({**found, group.name: alpha}, index)
-                    if value < alone[index]:
-                        alone[index], found[group.name] = value, alpha
+                value = functools.partial(self._with_group, found, group)
+                found[group.name], alone[index] = _climb(found[group.name], alone[index], value)
                 bar.step()
+
+    def _with_kind(self, by_kind: Mapping[str, float | None], kind: str, alpha: float | None) -> float:
+        """KL(p ‖ p̂) if all groups of this kind get α."""
+        return self.divergence(self._spread({**by_kind, kind: alpha}), self.searched)
+
+    def _with_group(self, alphas: Alphas, group: Group, alpha: float | None) -> float:
+        """KL(p ‖ p̂) with the group's block alone quantised, if the group gets α."""
+        return self._alone({**alphas, group.name: alpha}, group.block)
 
     def _alone(self, alphas: Alphas, index: int) -> float:
         """KL(p ‖ p̂) with block `index` smoothed and quantised, the others as they are."""
+        self.cancel.check("searching α")
         mine = [group for group in self.groups if group.block == index]
         return self.searched(self._quantised(self._smoothed(alphas, only=mine), mine), since=index)
 
@@ -267,7 +273,8 @@ class _Search:
         return Blocks(self.lm, self.segments)
 
     def divergence(self, alphas: Alphas, against: Divergence) -> float:
-        """KL(p ‖ p̂) of the model smoothed and quantised so."""
+        """KL(p ‖ p̂) of the model smoothed and quantised so. Raises `Cancelled`."""
+        self.cancel.check("searching α")
         return against(self._quantised(self._smoothed(alphas), None))
 
     def _smoothed(self, alphas: Alphas, only: list[Group] | None = None) -> LM:
@@ -300,3 +307,27 @@ class _Search:
 
     def _spread(self, by_kind: Mapping[str, float | None]) -> Alphas:
         return {group.name: by_kind[group.kind] for group in self.groups}
+
+
+def _climb(start: float | None, least: float, value: Callable[[float | None], float]) -> tuple[float | None, float]:
+    """Where on GRID a value is least, and the value: from the best of `start`, None and MIDDLE on, as far as it falls.
+
+    Args:
+        start: one of GRID.
+        least: its value.
+        value: of any other.
+    """
+    known = {start: least}
+
+    def look(place: int) -> float:
+        alpha = GRID[place]
+        if alpha not in known:
+            known[alpha] = value(alpha)
+        return known[alpha]
+
+    at = min((GRID.index(start), GRID.index(None), GRID.index(MIDDLE)), key=look)
+    while True:
+        beside = min((place for place in (at - 1, at + 1) if 0 <= place < len(GRID)), key=look)
+        if look(beside) >= look(at):
+            return GRID[at], look(at)
+        at = beside

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqviz.errors import SqvizError
 from sqviz.models.linears import Group
-from sqviz.quant.plan import Folds
+from sqviz.quant.plan import FOLDS, Folds
 from sqviz.tensorfile import write_bytes
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class FoundAlpha:
         left = len(self.alphas) - len(given)
         parts = [
             f"{self._how} for {self.scheme.removeprefix('sqviz.')}",
-            "all folds" if self.folds == "all" else "norm folds",
+            FOLDS[self.folds],
         ]
         if given:
             span = f"{given[0]:g}" if given[0] == given[-1] else f"{given[0]:g} … {given[-1]:g}"

@@ -16,7 +16,7 @@ from sqviz.quant.granularity import PerChannel, PerTensor
 from sqviz.quant.kept_sinks import keep_sinks
 from sqviz.quant.linear import quantize
 from sqviz.quant.non_scaling_norm import non_scaling_norms
-from sqviz.quant.plan import Folds
+from sqviz.quant.plan import FOLDS, Folds, usual_folds
 from sqviz.quant.schemes import (
     LLM_INT8,
     OUTLIER_SUPPRESSION,
@@ -58,7 +58,8 @@ class Method:
         name: for tables and plots.
         scheme: how numbers become integers; None leaves them as they are.
         alpha: migration strength: a number, what `sqviz.search_alpha` found, "auto", or None for no smoothing.
-        folds: "norm" as in the thesis, or "all". None: what strengths were found for, "all" for "auto", else "norm".
+        folds: "norm" as in the thesis, "all" or "outliers". None: what strengths were found for, for "auto" those that
+            `usual_folds` gives for the scheme, else "norm".
         norms_without_gain: Outlier Suppression's half that changes the model.
         kept_sinks: read everything behind attention sinks in full precision.
         attention: QKᵀ and PV in integers too (thesis Figure 3.3).
@@ -78,8 +79,7 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.folds is None:
-            own = self.alpha.folds if isinstance(self.alpha, FoundAlpha) else "all" if self.alpha == "auto" else "norm"
-            object.__setattr__(self, "folds", own)
+            object.__setattr__(self, "folds", self._own_folds)
         if isinstance(self.alpha, str) and self.alpha != "auto":
             raise SqvizError(
                 f"Method({self.name!r}, alpha={self.alpha!r}): a number in [0, 1], 'auto' or None is allowed."
@@ -141,16 +141,23 @@ class Method:
         return quantize(ready, self.scheme, magnitudes, backend, self.skip, attention=self.attention)
 
     @property
+    def _own_folds(self) -> Folds:
+        if isinstance(self.alpha, FoundAlpha):
+            return self.alpha.folds
+        return usual_folds(self.scheme) if self.alpha == "auto" and self.scheme else "norm"
+
+    @property
     def _needs_calibration(self) -> bool:
         return self.alpha is not None or (self.scheme is not None and self.scheme.needs_calibration)
 
     def describe(self) -> str:
         """One line for people: what is done, in order."""
+        assert self.folds is not None
         parts = ["kept sinks"] if self.kept_sinks else []
         parts += ["norms without gain"] if self.norms_without_gain else []
         if self.alpha is not None:
             shown = f"{self.alpha:g}" if isinstance(self.alpha, int | float) else "searched"
-            parts.append(f"α = {shown}" + (", all folds" if self.folds == "all" else ""))
+            parts.append(f"α = {shown}" + ("" if self.folds == "norm" else f", {FOLDS[self.folds]}"))
         parts += [self.scheme.replace(name="").describe()] if self.scheme else ["unquantised"]
         parts += ["attention"] if self.attention else []
         parts += [f"{', '.join(self.skip)} in 16 bit"] if self.skip else []
@@ -188,14 +195,16 @@ def frontier(scheme: Scheme, alpha: float = 0.5, floating: tuple[str, ...] = ())
     """
     clipped = scheme.replace(weight_clip=LeastError(), clip=_clip(scheme))
     name = scheme.name or scheme.describe()
+    kept = f"{name}, clipped, kept sinks"
     rows: tuple[Method, ...] = (
         Method(name, scheme, alpha),
         Method(f"{name}, all folds", scheme, alpha, folds="all"),
         Method(f"{name}, clipped", clipped, alpha),
-        Method(f"{name}, clipped, kept sinks", clipped, alpha, kept_sinks=True),
-        Method(f"{name}, clipped, kept sinks, α searched", clipped, "auto", kept_sinks=True),
+        Method(kept, clipped, alpha, kept_sinks=True),
     )
-    kept = f"{name}, clipped, kept sinks"
+    if (folds := usual_folds(scheme)) != "all":
+        rows += (Method(f"{kept}, {FOLDS[folds]}", clipped, alpha, folds=folds, kept_sinks=True),)
+    rows += (Method(f"{kept}, α searched", clipped, "auto", kept_sinks=True),)
     if floating:
         rows += (Method(f"{kept}, {', '.join(floating)} in 16 bit", clipped, alpha, kept_sinks=True, skip=floating),)
     finer = clipped.replace(weight=PerChannel())

@@ -10,9 +10,18 @@ from typing import Literal
 from sqviz.errors import CannotFold, SqvizError
 from sqviz.models.linears import Group, groups, linear_names, no_such_layer
 from sqviz.models.lm import LM
+from sqviz.quant.granularity import PerTensor
+from sqviz.quant.schemes import Scheme
 
 Alpha = float | Mapping[str, float | None] | Callable[[Group], float | None] | Literal["auto"]
-Folds = Literal["norm", "all"]
+Folds = Literal["norm", "all", "outliers"]
+FOLDS: dict[Folds, str] = {"norm": "folds into norms", "all": "all folds", "outliers": "folds of outliers"}
+"""For people."""
+
+
+def usual_folds(scheme: Scheme) -> Folds:
+    """The folds that a search for this scheme makes if it is not told: "outliers" where a weight has but one step."""
+    return "outliers" if isinstance(scheme.weight, PerTensor) else "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +51,10 @@ def plan(lm: LM, alpha: Alpha, folds: Folds = "norm", online: bool = False) -> t
         NoSuchLayer: a pattern matches no linear.
         CannotFold: something was asked for that has no exact fold (and `online` is off).
     """
-    if folds not in ("norm", "all"):
+    if folds not in FOLDS:
         raise SqvizError(
-            f"folds={folds!r}; allowed: 'norm' (into norms, as the thesis does) or 'all' (also into linears)"
+            f"folds={folds!r}; allowed: 'norm' (into norms, as the thesis does), 'all' (also into linears) or "
+            "'outliers' (into linears only for channels that stand out)"
         )
     every = groups(lm)
     chosen = _choose(lm, every, alpha, folds, online)
@@ -63,7 +73,7 @@ def plan(lm: LM, alpha: Alpha, folds: Folds = "norm", online: bool = False) -> t
 
 def _choose(lm: LM, every: tuple[Group, ...], alpha: Alpha, folds: Folds, online: bool) -> dict[Group, float]:
     """α of every group that the call addresses."""
-    covered = [group for group in every if folds == "all" or group.entry]
+    covered = [group for group in every if folds != "norm" or group.entry]
     if isinstance(alpha, str):
         raise SqvizError(
             f"alpha={alpha!r}: a number in [0, 1] is needed, a mapping {{pattern: α}}, a callable, or 'auto'"
@@ -94,7 +104,7 @@ def _match(
 
 
 def _foldable(group: Group, folds: Folds) -> bool:
-    return group.fold_kind == "norm" or (group.fold_kind == "linear" and folds == "all")
+    return group.fold_kind == "norm" or (group.fold_kind == "linear" and folds != "norm")
 
 
 def _refusal(group: Group) -> str:

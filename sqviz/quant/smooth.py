@@ -5,7 +5,9 @@
 max|X_j| comes from a capture, max|W_j| is over all linears that read X. Dividing X by s is folded into what produces
 X (see `models/folds.py`), so the smoothed model has the same modules and the same cost. The thesis folds into norms
 only (`folds="norm"`): the inputs of attention and of the MLP. `folds="all"` adds the exact folds into earlier linears:
-what o_proj reads (into the value rows) and what down_proj reads (into up_proj, or through a relu).
+what o_proj reads (into the value rows) and what down_proj reads (into up_proj, or through a relu). With one step
+per weight tensor, a row of the earlier linear that is multiplied by 1/s > 1 costs all others: `folds="outliers"` folds
+into linears only what stands out, s'_j = max(1, s_j / median s), so that no row grows.
 
 Order. Linear folds come first: they divide rows of weights (v_proj, up_proj) whose columns the norm folds then
 multiply. s of each fold is computed from the weights as they are at that moment, so it balances the weights that the
@@ -19,7 +21,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sqviz.errors import CannotFold, NonFinite, NoSuchLayer, SqvizError
@@ -83,8 +85,9 @@ def smooth(
             None leaves out); or a callable that gets a `Group` and returns α, or None to leave it. "auto" searches,
             see `sqviz.search_alpha`, which also keeps what it finds.
         folds: "norm" smooths the inputs of attention and MLP by folding into norms, as the thesis does; "all" also
-            folds into earlier linears where that is exact. None: those that strengths were searched for, "all" for
-            "auto", else "norm".
+            folds into earlier linears where that is exact; "outliers" does so for the half of the channels with the
+            larger s, dividing them alone. None: those that strengths were searched for, for "auto" what
+            `search_alpha` takes for the scheme, else "norm".
         online: divide inputs that cannot be folded at run time (`ScaledLinear`), instead of raising. With
             `folds="norm"` that means the inputs of attention and MLP, and whatever a pattern names.
         check: compare the logits before and after.
@@ -104,14 +107,14 @@ def smooth(
     """
     check_floating(lm, "smooth")
     if alpha == "auto":
-        alpha = _searched(lm, magnitudes, scheme, folds or "all")
+        alpha = _searched(lm, magnitudes, scheme, folds)
     folds = _folds(alpha, folds)
     steps = plan(lm, alpha, folds, online)
     refuse_tied(lm, steps)
     after, scales = lm.replace(model=share(lm.model), note=_note(lm, alpha, folds, online)), dict(lm.scales)
     with torch.no_grad():
         for step in sorted(steps, key=lambda step: step.group.fold_kind == "norm"):
-            s = _apply(after, step, _input_absmax(lm, magnitudes, step.group)).cpu()
+            s = _apply(after, step, _input_absmax(lm, magnitudes, step.group), folds).cpu()
             scales.update({name: scales.get(name, 1) * s for name in step.group.consumers})
     record = smoothing_record(alpha, steps, folds, online, magnitudes)
     after = after.replace(scales=scales, history=(*lm.history, record))
@@ -121,7 +124,7 @@ def smooth(
     return after
 
 
-def _searched(lm: LM, magnitudes: HasAbsmax, scheme: Scheme | None, folds: Folds) -> Alpha:
+def _searched(lm: LM, magnitudes: HasAbsmax, scheme: Scheme | None, folds: Folds | None) -> Alpha:
     from sqviz.observe.magnitudes import Magnitudes
     from sqviz.quant.alpha import search_alpha
 
@@ -135,17 +138,19 @@ def _searched(lm: LM, magnitudes: HasAbsmax, scheme: Scheme | None, folds: Folds
 
 
 def _folds(alpha: Alpha, folds: Folds | None) -> Folds:
-    """The folds to make: as asked for, or those that go with α. Raises `SqvizError` if they are fewer than it needs."""
+    """The folds to make: as asked for, or those that go with α. Raises `SqvizError` if these are others."""
     own = alpha.folds if isinstance(alpha, FoundAlpha) else "norm"
-    if folds == "norm" and own == "all":
+    if own != "norm" and folds not in (None, own):
         raise SqvizError(
-            "folds='norm': these strengths were found together with those of folds into linears, which would be left "
-            "out. Leave folds out, give folds='all', or search anew: sqviz.search_alpha(lm, m, scheme, folds='norm')."
+            f"folds={folds!r}: these strengths were found with folds={own!r}, and mean something else without. Leave "
+            f"folds out, or search anew: sqviz.search_alpha(lm, m, scheme, folds={folds!r})."
         )
     return folds or own
 
 
-def _apply(after: LM, step: Step, x_absmax: Float[Tensor, "*expert channel"]) -> Float[Tensor, "*expert channel"]:
+def _apply(
+    after: LM, step: Step, x_absmax: Float[Tensor, "*expert channel"], folds: Folds
+) -> Float[Tensor, "*expert channel"]:
     """Rescale one group in `after.model` and return the s that was applied."""
     w_absmax = weight_absmax(after, step.group)
     x_absmax = x_absmax.to(w_absmax).expand_as(w_absmax)
@@ -157,9 +162,19 @@ def _apply(after: LM, step: Step, x_absmax: Float[Tensor, "*expert channel"]) ->
         rows = producer_rows(after, step.group)
         x_absmax, w_absmax = tie(x_absmax, rows), tie(w_absmax, rows)
     s = smoothing_scale(x_absmax, w_absmax, step.alpha)
+    if step.group.fold_kind == "linear" and folds == "outliers":
+        s = _outliers(s, (x_absmax > 0) & (w_absmax > 0))
     s = divide_input(after.model, after, step.group, s)
     multiply_weights(after.model, step.group, s)
     return s
+
+
+def _outliers(
+    s: Float[Tensor, "*expert channel"], alive: Bool[Tensor, "*expert channel"]
+) -> Float[Tensor, "*expert channel"]:
+    """max(1, s_j / median s) for the channels that fire and are read, which alone make the median; 1 for the others."""
+    median = s.where(alive, torch.nan).nanmedian(-1, keepdim=True).values
+    return (s / median).clamp(min=1).where(alive, 1.0)
 
 
 def _input_absmax(lm: LM, magnitudes: HasAbsmax, group: Group) -> Float[Tensor, "*expert channel"]:
@@ -211,5 +226,6 @@ def _note(lm: LM, alpha: Alpha, folds: Folds, online: bool) -> str:
         shown = "{" + ", ".join(f"{pattern}: {value}" for pattern, value in alpha.items()) + "}"
     else:
         shown = getattr(alpha, "__name__", "per layer") if callable(alpha) else f"{alpha:g}"
-    extra = ("", " with linear folds")[folds == "all"] + ("", " and online scaling")[online]
+    linear = {"norm": "", "all": " with linear folds", "outliers": " with linear folds of outliers"}[folds]
+    extra = linear + ("", " and online scaling")[online]
     return f"{lm.note}, smoothed α={shown}{extra}".removeprefix(", ")

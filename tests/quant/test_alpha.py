@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sqviz
 from sqviz.errors import SqvizError
@@ -58,8 +60,16 @@ def test_logits_are_searched_by_kind_and_then_block_by_block(lm, m, monkeypatch)
             alphas = {group.name: alphas[group.name] for group in groups(lm) if group.block == index}
             skip = [name for group in groups(lm) if group.block != index for name in group.consumers]
         if any(v is not None for v in alphas.values()):
-            smoothed = sqviz.smooth(lm, m, lambda group: alphas.get(group.name), folds="all")
+            smoothed = sqviz.smooth(lm, m, lambda group: alphas.get(group.name), folds="outliers")
         return divergence(lm, sqviz.quantize(smoothed, scheme, skip=skip), segments)
+
+    def walked(start, errors):
+        """Downhill along the grid, from the best of three places, with every error known beforehand."""
+        now = min((start, None, 0.5), key=errors.__getitem__)
+        for _ in GRID:
+            place = GRID.index(now)
+            now = min((now, *GRID[max(0, place - 1) : place], *GRID[place + 1 : place + 2]), key=errors.__getitem__)
+        return now
 
     def spread(by_kind):
         return {group.name: by_kind[group.kind] for group in groups(lm)}
@@ -67,22 +77,35 @@ def test_logits_are_searched_by_kind_and_then_block_by_block(lm, m, monkeypatch)
     by_norm = {group.kind: 0.5 if group.fold_kind == "norm" else None for group in groups(lm)}
     starts = (dict.fromkeys(kinds), by_norm, dict.fromkeys(kinds, 0.5))
     now = min(starts, key=lambda one: value(spread(one)))
-    least = value(spread(now))
     for kind in kinds:
-        for alpha in GRID:
-            tried = value(spread({**now, kind: alpha}))
-            if tried < least * (1 - 1e-5):
-                least, now = tried, {**now, kind: alpha}
+        now[kind] = walked(now[kind], {alpha: value(spread({**now, kind: alpha})) for alpha in GRID})
     alphas = spread(now)
     lost = {index: value(alphas, index) for index in {group.block for group in groups(lm)}}
     index = max(lost, key=lambda index: lost[index])
     for group in (group for group in groups(lm) if group.block == index):
         errors = {alpha: value({**alphas, group.name: alpha}, index) for alpha in GRID}
-        alphas[group.name] = min(errors, key=errors.__getitem__)
+        alphas[group.name] = walked(alphas[group.name], errors)
     assert found.alphas == alphas
     assert len(set(alphas.values()) - {None}) > 1
     assert found.complete
     assert found.objective == "logits"
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 5), min_size=len(GRID), max_size=len(GRID)), st.sampled_from(GRID))
+def test_a_walk_along_the_grid_ends_where_it_is_least_around_and_asks_nothing_twice(errors, start):
+    asked = []
+
+    def value(alpha):
+        asked.append(alpha)
+        return float(errors[GRID.index(alpha)])
+
+    alpha, least = search._climb(start, float(errors[GRID.index(start)]), value)
+    place = GRID.index(alpha)
+    assert least == errors[place] <= min(errors[GRID.index(one)] for one in (start, None, 0.5))
+    assert all(errors[beside] >= least for beside in (place - 1, place + 1) if 0 <= beside < len(GRID))
+    assert len(set(asked)) == len(asked)
+    assert start not in asked
 
 
 @torch.no_grad()
@@ -140,7 +163,7 @@ def test_blocks_are_searched_by_what_they_add(lm, m):
             trial = {**now, group.name: alpha}
             smoothed = lm
             if any(v is not None for v in trial.values()):
-                smoothed = sqviz.smooth(lm, m, trial, folds="all", check=False)
+                smoothed = sqviz.smooth(lm, m, trial, folds="outliers", check=False)
             q = sqviz.quantize(smoothed, scheme, skip=elsewhere)
             errors[alpha] = Blocks(lm, segments).error(q, 1)
         now[group.name] = min(errors, key=errors.__getitem__)
@@ -173,16 +196,16 @@ def test_auto_keeps_what_is_best_on_text_that_no_search_has_seen(lm, m):
     assert found.objective == found.tried[0].name
     smoothed = lm
     if any(value is not None for value in found.alphas.values()):
-        smoothed = sqviz.smooth(lm, m, found, folds="all")
+        smoothed = sqviz.smooth(lm, m, found, folds="outliers")
     held = TOKENS.view(-1, 40)[-HELD:]
     assert divergence(lm, sqviz.quantize(smoothed, scheme, m), held) == pytest.approx(
         found.tried[0].divergence, rel=1e-3
     )
-    flat = divergence(lm, sqviz.quantize(sqviz.smooth(lm, m, 0.5, folds="all"), scheme, m), held)
+    flat = divergence(lm, sqviz.quantize(sqviz.smooth(lm, m, 0.5, folds="outliers"), scheme, m), held)
     assert flat == pytest.approx(next(t.divergence for t in found.tried if t.name == "flat 0.5"), rel=1e-3)
     seen = divergence(lm, sqviz.quantize(smoothed, scheme, m), TOKENS.view(-1, 40)[:SEARCHED])
     assert seen == pytest.approx(found.tried[0].searched, rel=1e-3)
-    auto = sqviz.smooth(lm, m, "auto", scheme=scheme, folds="all")
+    auto = sqviz.smooth(lm, m, "auto", scheme=scheme, folds="outliers")
     assert {name: s.tolist() for name, s in auto.scales.items()} == {
         name: s.tolist() for name, s in smoothed.scales.items()
     }
@@ -212,11 +235,11 @@ def test_other_architectures_and_clipped_schemes(name):
         assert found.alphas.keys() == {group.name for group in groups(lm)}
         assert any(value is not None for value in found.alphas.values())
         assert all(found.alphas[group.name] is None for group in groups(lm) if group.fold is None)
-        sqviz.quantize(sqviz.smooth(lm, m, found, folds="all"), scheme, m)
+        sqviz.quantize(sqviz.smooth(lm, m, found, folds="outliers"), scheme, m)
 
 
 def test_a_model_smoothed_already_is_searched_further(lm, m):
-    smooth = sqviz.smooth(lm, m, 0.3, folds="all")
+    smooth = sqviz.smooth(lm, m, 0.3, folds="outliers")
     found = search_alpha(smooth, m, sqviz.SMOOTHQUANT_LLAMA, "layer", progress=False)
     x = activations(smooth, TOKENS[:40], [groups(lm)[0].name])[groups(lm)[0].name]
     assert x.isfinite().all()
@@ -248,7 +271,7 @@ def test_found_strengths_are_kept_and_reapplied(lm, m, tmp_path):
     found.save(tmp_path / "alpha.json")
     again = FoundAlpha.load(tmp_path / "alpha.json")
     assert again == found
-    one, two = (sqviz.smooth(lm, m, a, folds="all") for a in (found, again))
+    one, two = (sqviz.smooth(lm, m, a, folds="outliers") for a in (found, again))
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
     with pytest.raises(SqvizError, match="Search anew"):
         sqviz.smooth(tiny("OPTForCausalLM"), sqviz.capture(tiny("OPTForCausalLM"), TOKENS, length=40), again)

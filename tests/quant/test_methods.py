@@ -91,29 +91,32 @@ def test_searched_strengths_bring_their_folds_and_a_search_may_be_given():
         return found
 
     auto = sqviz.Method("auto", sqviz.SMOOTHQUANT_O1, "auto")
-    assert auto.folds == sqviz.Method("found", sqviz.SMOOTHQUANT_O1, found).folds == "all"
+    assert auto.folds == sqviz.Method("found", sqviz.SMOOTHQUANT_O1, found).folds == "outliers"
     assert sqviz.Method("number", sqviz.SMOOTHQUANT_O1, 0.5).folds == "norm"
-    expected = logits(sqviz.quantize(sqviz.smooth(lm, m, found, folds="all"), sqviz.SMOOTHQUANT_O1))
+    expected = logits(sqviz.quantize(sqviz.smooth(lm, m, found), sqviz.SMOOTHQUANT_O1))
     torch.testing.assert_close(logits(auto.apply(lm, Calibrate(), search=search)), expected)
     torch.testing.assert_close(logits(auto.replace(alpha=found).apply(lm, Calibrate())), expected)
-    assert [(given[0], given[2:]) for given in asked] == [(lm, (sqviz.SMOOTHQUANT_O1, "all"))]
+    assert [(given[0], given[2:]) for given in asked] == [(lm, (sqviz.SMOOTHQUANT_O1, "outliers"))]
+    assert sqviz.Method("auto", sqviz.SMOOTHQUANT_LLAMA, "auto").folds == "all"
     named = sqviz.Method("norms", sqviz.SMOOTHQUANT_O1, "auto", folds="norm")
     assert named.folds == "norm"
 
 
 def test_the_frontier_relaxes_step_by_step():
     rows = sqviz.frontier(sqviz.SMOOTHQUANT_O3)
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert rows[0] == sqviz.Method("SmoothQuant-O3", sqviz.SMOOTHQUANT_O3, 0.5)
-    assert len({row.name for row in rows}) == len({row.describe() for row in rows}) == 6
+    assert len({row.name for row in rows}) == len({row.describe() for row in rows}) == 7
     assert rows[-1].scheme.weight == sqviz.PerChannel()
     assert rows[3].scheme.clip == LeastError()
+    assert (rows[4].folds, rows[5].folds, rows[5].alpha) == ("outliers", "outliers", "auto")
     assert sqviz.frontier(sqviz.SMOOTHQUANT_O1)[3].scheme.clip is None
+    assert len(sqviz.frontier(sqviz.SMOOTHQUANT_LLAMA)) == 6
     single = sqviz.frontier(sqviz.SMOOTHQUANT_O3, floating=("*.29.mlp.down_proj",))
-    assert len(single) == 7
-    assert single[5] == rows[3].replace(name=single[5].name, skip=("*.29.mlp.down_proj",))
-    assert "*.29.mlp.down_proj in 16 bit" in single[5].name
-    assert "*.29.mlp.down_proj in 16 bit" in single[5].describe()
+    assert len(single) == 8
+    assert single[6] == rows[3].replace(name=single[6].name, skip=("*.29.mlp.down_proj",))
+    assert "*.29.mlp.down_proj in 16 bit" in single[6].name
+    assert "*.29.mlp.down_proj in 16 bit" in single[6].describe()
 
 
 @pytest.mark.parametrize("backend", ["simulate", "auto"])

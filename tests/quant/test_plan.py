@@ -30,6 +30,7 @@ def test_all_folds_adds_the_linear_ones_and_leaves_what_has_none():
         "self_attn.out_proj",
         "fc1",
     }
+    assert planned("LlamaForCausalLM", 0.5, folds="outliers") == planned("LlamaForCausalLM", 0.5, folds="all")
 
 
 def test_patterns_over_any_consumer_and_the_last_one_counts():

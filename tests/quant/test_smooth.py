@@ -11,6 +11,7 @@ from sqviz.models.tiny import TINY, tiny
 from sqviz.observe.capture import capture
 from sqviz.quant.alpha import search_alpha
 from sqviz.quant.equivalence import logits, probe
+from sqviz.quant.plan import FOLDS
 from sqviz.quant.schemes import W8A8
 from sqviz.quant.smooth import smooth, smoothing_scale
 
@@ -33,7 +34,7 @@ def change(before, after) -> float:
 def test_logits_stay_the_same(name: str, dtype: torch.dtype, record):
     lm = tiny(name, dtype=dtype)
     magnitudes, limit = record(tiny(name)), {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
-    for folds in ("norm", "all"):
+    for folds in FOLDS:
         for alpha in ALPHAS:
             after = smooth(lm, magnitudes, alpha, folds=folds, online=needs_online(name), check=False)
             assert change(lm, after) < limit, (folds, alpha)
@@ -98,6 +99,43 @@ def test_query_heads_that_share_a_value_head_share_s(record):
     x = magnitudes.absmax("model.layers.0.self_attn.o_proj").view(2, 3, 8).amax(1)
     w = weight(lm, "model.layers.0.self_attn.o_proj").detach().abs().amax(0).view(2, 3, 8).amax(1)
     torch.testing.assert_close(s[:, 0], x.sqrt() / w.sqrt())
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "DeepseekV2ForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM"])
+def test_folds_of_outliers_divide_what_stands_out_and_nothing_else(name: str, record):
+    """Channel by channel: max(1, s / the middle s) of the fold's own experts; what feeds it never grows."""
+    lm, magnitudes = tiny(name, dtype=torch.float64), record(tiny(name))
+    whole, after = (smooth(lm, magnitudes, 0.5, folds=folds) for folds in ("all", "outliers"))
+    seen = 0
+    for group in groups(lm):
+        if group.fold_kind != "linear":
+            continue
+        got, s = (m.scales[group.name].view(-1, m.scales[group.name].shape[-1]).tolist() for m in (after, whole))
+        for mine, full in zip(got, s, strict=True):
+            middle = sorted(full)[(len(full) - 1) // 2]
+            assert mine == pytest.approx([max(1.0, one / middle) for one in full], rel=1e-6)
+            seen += sum(one > 1 for one in mine)
+    assert seen
+    for group in groups(lm):
+        if group.fold_kind == "linear":
+            alone = smooth(lm, magnitudes, dict.fromkeys(group.consumers, 0.5), folds="outliers")
+            old, new = (weight(m, group.fold.path).detach().abs().sum(1) for m in (lm, alone))
+            assert (new <= old * (1 + 1e-12)).all()
+            assert (new < old * 0.999).any()
+
+
+def test_a_channel_that_never_fires_is_no_outlier(record):
+    """The folds of outliers leave it alone, and it does not shift the middle; a linear that never fires is left."""
+    lm = tiny("LlamaForCausalLM")
+    magnitudes = record(lm)
+    some, all_of_it = (f"model.layers.{block}.mlp.down_proj" for block in (0, 1))
+    dead = len(magnitudes.found[some]) * 3 // 4
+    magnitudes.found[some][:dead] = 0
+    magnitudes.found[all_of_it][:] = 0
+    scales = smooth(lm, magnitudes, 0.5, folds="outliers").scales
+    assert (scales[some][:dead] == 1).all()
+    assert 0.4 < (scales[some][dead:] > 1).float().mean() < 0.6
+    assert (scales[all_of_it] == 1).all()
 
 
 def test_norm_folds_balance_the_weights_that_linear_folds_left(record):
@@ -245,7 +283,7 @@ def test_strengths_that_were_found_bring_their_folds():
             name for group in groups(lm) if alpha.alphas[group.name] is not None for name in group.consumers
         }
         assert all(torch.equal(by_itself.scales[name], asked.scales[name]) for name in asked.scales)
-    with pytest.raises(SqvizError, match=r"folds=.norm.: these strengths were found together with .* Leave"):
+    with pytest.raises(SqvizError, match=r"folds=.norm.: these strengths were found with folds=.all.* Leave"):
         smooth(lm, m, found["all"], folds="norm")
     assert smooth(lm, m, 0.5).scales.keys() == smooth(lm, m, 0.5, folds="norm").scales.keys()
-    assert smooth(lm, m, "auto", scheme=W8A8).history[0]["folds"] == "all"
+    assert smooth(lm, m, "auto", scheme=W8A8).history[0]["folds"] == "outliers"
