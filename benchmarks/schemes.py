@@ -4,18 +4,20 @@
 
 Scored is one segment of 512 tokens out of each of 16 documents, spread over the embedded addresses; calibration and
 searches read other documents. Rows are kept in benchmarks/results/schemes, so a run that was stopped goes on where it
-was; the table is written to benchmarks/results/schemes.csv. Quantisation is simulated, latency is that of the executed
-model.
+was; the table is written to benchmarks/results/schemes.csv, and what the candidates of each search came to on segments
+that no search has seen, to objectives.csv. Quantisation is simulated, latency is that of the executed model.
 """
 
 import argparse
 from pathlib import Path
 
+import pandas
 import torch
 from torch import Tensor
 
 import sqviz
 from sqviz.corpus.segments import as_tokens
+from sqviz.errors import SqvizError
 from sqviz.evaluation.method_table import MethodTable
 from sqviz.models.lm import LM
 
@@ -23,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 LENGTH = 512
 LOST_MOST = ("*.2.mlp.down_proj", "*.29.mlp.down_proj")
 """Two linears of the embedded model with which per-tensor weights lose most."""
-SMOOTHED = (sqviz.SMOOTHQUANT_O1, sqviz.SMOOTHQUANT_O2, sqviz.SMOOTHQUANT_O3, sqviz.SMOOTHQUANT_LLAMA)
+LEVELS = (sqviz.SMOOTHQUANT_O1, sqviz.SMOOTHQUANT_O2, sqviz.SMOOTHQUANT_O3)
 
 
 def split(lm: LM, segments: int, length: int = LENGTH) -> tuple[list[str], Tensor]:
@@ -35,14 +37,30 @@ def split(lm: LM, segments: int, length: int = LENGTH) -> tuple[list[str], Tenso
 
 
 def methods(searched: bool) -> list[sqviz.Method]:
-    """The thesis's rows, then the frontier of each level of SmoothQuant."""
+    """The thesis's rows, then the frontier of each level of SmoothQuant; α is searched for all but the recipe."""
     rows = list(sqviz.table_3_2())
-    for scheme in SMOOTHED:
-        single = LOST_MOST if isinstance(scheme.weight, sqviz.PerTensor) else ()
-        rows += sqviz.frontier(scheme, floating=single)[1:]
+    for scheme in LEVELS:
+        rows += sqviz.frontier(scheme, floating=LOST_MOST)[1:]
+    recipe = sqviz.SMOOTHQUANT_LLAMA
+    rows += [row for row in sqviz.frontier(recipe)[1:] if row.alpha != "auto"]
+    rows.append(sqviz.Method(f"{recipe.name}, all folds, α = 0.6", recipe, 0.6, folds="all"))
     rows = list({row.key(): row for row in reversed(rows)}.values())[::-1]  # O1 with finer weights is the recipe
     rows.insert(1, sqviz.Method("kept sinks", kept_sinks=True))
     return [row for row in rows if searched or row.alpha != "auto"]
+
+
+def objectives(rows: list[sqviz.Method]) -> pandas.DataFrame:
+    """The candidates of every search that was run: KL(p ‖ p̂) in nats per token, and which of them was kept."""
+    names = {row.scheme.as_code(): row.name for row in rows if row.scheme is not None and row.alpha == "auto"}
+    frames = []
+    for path in sorted((RESULTS / "schemes").glob("*.json")):
+        try:
+            found = sqviz.FoundAlpha.load(path)
+        except SqvizError:
+            continue  # a row of the table
+        if found.scheme in names:
+            frames.append(found.tried_to_frame().reset_index().assign(method=names[found.scheme]))
+    return pandas.concat(frames).set_index(["method", "candidate"]).sort_index(level=0, sort_remaining=False)
 
 
 def shown(table: MethodTable) -> None:
@@ -65,9 +83,10 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     lm = sqviz.load()
     documents, held = split(lm, given.segments)
+    rows = methods(given.searched)
     table = sqviz.compare(
         lm,
-        methods(given.searched),
+        rows,
         text=held,
         calibration=documents,
         samples=given.samples,
@@ -78,6 +97,8 @@ def main() -> None:
     )
     print(table)
     table.to_frame().round(3).to_csv(RESULTS / "schemes.csv")
+    if given.searched:
+        objectives(rows).round(4).to_csv(RESULTS / "objectives.csv")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ is searched for depends on what one looks at:
                sees of another.
     "block"    the same of a block's output, its groups searched in turns (coordinate descent)
     "logits"   the Kullback-Leibler divergence KL(p ‖ p̂) of the next token: first one α for each kind of linear, the
-               kinds in turns, then for each group of the REFINED blocks that lose most an α of its own. From the best
-               of what it has, None and MIDDLE each walks along GRID as far as that helps
+               kinds in turns, then for each group of the REFINED blocks that lose most an α of its own
 
     "auto"     all three, and flat strengths beside them; what has the least divergence on segments that no search has
                seen is kept
 
-The segments come from the calibration that `sqviz.capture` saw: of its tokens the first are searched on, later ones
-decide. Everything is simulated. A search that is cancelled returns the best it has found so far.
+What is searched for one group or kind walks along GRID, from the best of what it has, None and MIDDLE, as far as that
+helps. The segments come from the calibration that `sqviz.capture` saw: of its tokens the first are searched on, later
+ones decide. Everything is simulated. A search that is cancelled returns the best it has found so far.
 """
 
 import functools
@@ -110,7 +110,7 @@ def search_alpha(
     found: dict[str, Alphas] = {}
     total = sum(search.steps(one) for one in chosen) + (len(FLAT) + len(chosen)) * (objective == "auto")
     complete = True
-    with progress_bar(total, "searching α", unit="trials", cancel=cancel, show=progress) as bar:
+    with progress_bar(total, "searching α", unit="steps", cancel=cancel, show=progress) as bar:
         try:
             for one in chosen:
                 found[one] = {}
@@ -153,7 +153,7 @@ class _Search:
         self._flat: dict[str, Alphas] = {}
 
     def steps(self, objective: str) -> int:
-        """How many trials a search makes."""
+        """How many steps a search has; those that walk along GRID try several strengths each."""
         kinds = len({group.kind for group in self.groups})
         blocks = [group.block for group in self.groups]
         refined = len(set(blocks)) + min(REFINED, len(set(blocks))) * max(map(blocks.count, blocks))
@@ -164,8 +164,7 @@ class _Search:
     def by_layer(self, found: Alphas, bar: Bar) -> None:
         """Each group by the error of its own outputs."""
         for group in self.groups:
-            errors = {alpha: self._layer_error(group, alpha) for alpha in GRID}
-            found[group.name] = min(errors, key=errors.__getitem__)
+            found[group.name], _ = _climb(functools.partial(self._layer_error, group))
             bar.step()
 
     def _layer_error(self, group: Group, alpha: float | None) -> float:
@@ -192,13 +191,14 @@ class _Search:
             mine = [group for group in self.groups if group.block == index]
             now: Alphas = dict.fromkeys((group.name for group in mine), None)
             for group in mine:
-                errors = {}
-                for alpha in GRID:
-                    model = self._smoothed({**now, group.name: alpha}, only=mine)
-                    errors[alpha] = self._blocks.error(self._quantised(model, mine), index)
-                now[group.name] = min(errors, key=errors.__getitem__)
+                now[group.name], _ = _climb(functools.partial(self._block_error, now, group, mine))
                 bar.step()
             found.update(now)
+
+    def _block_error(self, alphas: Alphas, group: Group, mine: list[Group], alpha: float | None) -> float:
+        self.cancel.check("searching α")
+        model = self._smoothed({**alphas, group.name: alpha}, only=mine)
+        return self._blocks.error(self._quantised(model, mine), group.block)
 
     def by_logits(self, found: Alphas, bar: Bar) -> None:
         """One α for each kind of linear, then some of their own, by the divergence of the logits."""
@@ -213,7 +213,7 @@ class _Search:
             bar.step()
         found.update(self._spread(now))
         for kind in kinds:
-            now[kind], least = _climb(now[kind], least, functools.partial(self._with_kind, now, kind))
+            now[kind], least = _climb(functools.partial(self._with_kind, now, kind), now[kind], least)
             found.update(self._spread(now))
             bar.step()
         self._refine(found, bar)
@@ -227,7 +227,7 @@ class _Search:
         for index in sorted(alone, key=lambda index: -alone[index])[:REFINED]:
             for group in (group for group in self.groups if group.block == index):
                 value = functools.partial(self._with_group, found, group)
-                found[group.name], alone[index] = _climb(found[group.name], alone[index], value)
+                found[group.name], alone[index] = _climb(value, found[group.name], alone[index])
                 bar.step()
 
     def _with_kind(self, by_kind: Mapping[str, float | None], kind: str, alpha: float | None) -> float:
@@ -309,15 +309,17 @@ class _Search:
         return {group.name: by_kind[group.kind] for group in self.groups}
 
 
-def _climb(start: float | None, least: float, value: Callable[[float | None], float]) -> tuple[float | None, float]:
+def _climb(
+    value: Callable[[float | None], float], start: float | None = None, least: float | None = None
+) -> tuple[float | None, float]:
     """Where on GRID a value is least, and the value: from the best of `start`, None and MIDDLE on, as far as it falls.
 
     Args:
+        value: of one of GRID.
         start: one of GRID.
-        least: its value.
-        value: of any other.
+        least: its value, where that is known.
     """
-    known = {start: least}
+    known = {} if least is None else {start: least}
 
     def look(place: int) -> float:
         alpha = GRID[place]
