@@ -44,6 +44,8 @@ def methods(searched: bool) -> list[sqviz.Method]:
     recipe = sqviz.SMOOTHQUANT_LLAMA
     rows += [row for row in sqviz.frontier(recipe)[1:] if row.alpha != "auto"]
     rows.append(sqviz.Method(f"{recipe.name}, all folds, α = 0.6", recipe, 0.6, folds="all"))
+    clipped = recipe.replace(weight_clip=sqviz.LeastError())
+    rows.append(sqviz.Method(f"{recipe.name}, all folds, clipped", clipped, 0.5, folds="all"))
     rows = list({row.key(): row for row in reversed(rows)}.values())[::-1]  # O1 with finer weights is the recipe
     rows.insert(1, sqviz.Method("kept sinks", kept_sinks=True))
     return [row for row in rows if searched or row.alpha != "auto"]

@@ -61,7 +61,7 @@ class Runner:
         """One row without its latency; its `error` says why the model cannot have this method."""
         row = MethodRow(method.name, method.describe(), None, method_bytes(self.lm, method), None, None)
         try:
-            model = method.apply(self.lm, self.captured, keep=self.kept, search=self.searched)
+            model = self._applied(method)
             with stops_in_a_pass(model, self.cancel):
                 return dataclasses.replace(row, evaluation=score(model))
         except SqvizError as error:
@@ -73,13 +73,16 @@ class Runner:
             return row
         try:
             check_executable(method.scheme)
-            executed = method.apply(self.lm, self.captured, backend="auto", keep=self.kept, search=self.searched)
+            executed = self._applied(method, "auto")
         except SqvizError as error:
             return dataclasses.replace(row, untimed=str(error))
         ids = torch.cat(self._segments)[:PROMPT]
         models = {"itself": self.lm, "executed": executed}
         cost = model_cost(models, ids, length=len(ids), cancel=self.cancel, progress=False)
         return dataclasses.replace(row, milliseconds=cost.rows[1].context, itself=cost.rows[0].context, untimed="")
+
+    def _applied(self, method: Method, backend: str = "simulate") -> LM:
+        return method.apply(self.lm, self.captured, backend, keep=self.kept, search=self.searched, cancel=self.cancel)
 
     def captured(self, lm: LM) -> Magnitudes:
         """The capture of a model; those of the last two are at hand, all are on disk."""

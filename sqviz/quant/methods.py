@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
+from sqviz.progress import CancelToken
 from sqviz.quant.clipping import ClipTokens, ClipValues, LeastError
 from sqviz.quant.found_alpha import FoundAlpha
 from sqviz.quant.granularity import PerChannel, PerTensor
@@ -109,6 +110,7 @@ class Method:
         *,
         keep: Callable[[LM], LM] = keep_sinks,
         search: Search = searched,
+        cancel: CancelToken | None = None,
     ) -> LM:
         """The quantised model. `lm` stays as it was.
 
@@ -120,6 +122,7 @@ class Method:
             backend: as for `sqviz.quantize`.
             keep: gives a model its kept sinks.
             search: finds strengths, where `alpha` is "auto".
+            cancel: stops quantising between two linears.
 
         Raises what `keep_sinks`, `smooth` and `quantize` raise.
         """
@@ -138,7 +141,7 @@ class Method:
             return ready
         if isinstance(self.scheme.clip, ClipTokens | ClipValues) and ready is not base:
             magnitudes = calibrate(ready)
-        return quantize(ready, self.scheme, magnitudes, backend, self.skip, attention=self.attention)
+        return quantize(ready, self.scheme, magnitudes, backend, self.skip, attention=self.attention, cancel=cancel)
 
     @property
     def _own_folds(self) -> Folds:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sqviz
-from sqviz.errors import SqvizError
+from sqviz.errors import Cancelled, SqvizError
 from sqviz.models.tiny import tiny
 from sqviz.quant.clipping import ClipTokens, LeastError
 
@@ -100,6 +100,21 @@ def test_searched_strengths_bring_their_folds_and_a_search_may_be_given():
     assert sqviz.Method("auto", sqviz.SMOOTHQUANT_LLAMA, "auto").folds == "all"
     named = sqviz.Method("norms", sqviz.SMOOTHQUANT_O1, "auto", folds="norm")
     assert named.folds == "norm"
+
+
+@pytest.mark.parametrize("backend", ["simulate", "auto"])
+def test_quantising_can_be_stopped_between_two_linears(backend):
+    class AfterThree(sqviz.CancelToken):
+        def told(self, what, done, total):
+            steps.append(done)
+            if what == "quantising" and done == 3:
+                self.cancel()
+
+    steps, lm = [], tiny("LlamaForCausalLM")
+    method = sqviz.Method("clipped", sqviz.SMOOTHQUANT_O3.replace(weight_clip=LeastError()), 0.5)
+    with pytest.raises(Cancelled, match="quantising"):
+        method.apply(lm, Calibrate(), backend, cancel=AfterThree())
+    assert steps[-1] == 3
 
 
 def test_the_frontier_relaxes_step_by_step():
