@@ -8,7 +8,7 @@ to them instead of making a sink of its own first token, and never passes them t
 
     lm = sqviz.keep_sinks(lm)                        # the tokens are chosen by trying
     m = sqviz.capture(lm, text)                      # calibration sees what comes after them
-    q = sqviz.quantize(sqviz.smooth(lm, m, 0.5, folds="all"), sqviz.SMOOTHQUANT_O3, m)
+    q = sqviz.quantize(sqviz.smooth(lm, m, 0.5, folds="outliers"), sqviz.SMOOTHQUANT_O3, m)
 
 The model is used as before: token ids in, logits of these ids out; caches hold the kept keys and values in front, so
 positions and masks count from there. Simplification: a cache that holds codes quantises the kept ones as any others.
