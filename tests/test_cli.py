@@ -373,7 +373,7 @@ def test_export_takes_strengths_that_were_found(readable_folder, tmp_path, capsy
     assert "14 linears in INT8" in capsys.readouterr().out
     (step,) = json.loads((tmp_path / "model" / "sqviz.json").read_text())["history"]
     assert step["search"]["objective"] == "layer"
-    assert step["folds"] == "all"
+    assert step["folds"] == "outliers"
     assert step["alpha"] == {name: alpha for name, alpha in found.alphas.items() if alpha is not None}
     for arguments, said in (
         ((*small, "--folds", "norm"), "folds='norm': these strengths were found together"),
