@@ -376,7 +376,7 @@ def test_export_takes_strengths_that_were_found(readable_folder, tmp_path, capsy
     assert step["folds"] == "outliers"
     assert step["alpha"] == {name: alpha for name, alpha in found.alphas.items() if alpha is not None}
     for arguments, said in (
-        ((*small, "--folds", "norm"), "folds='norm': these strengths were found together"),
+        ((*small, "--folds", "norm"), "folds='norm': these strengths were found with folds='outliers'"),
         ((*small[:-1], str(readable_folder / "model" / "config.json")), "holds no strengths written by sqviz"),
         ((*small[:-1], "nowhere.json"), "nowhere.json"),
     ):
