@@ -287,7 +287,7 @@ def test_what_cannot_be_searched_is_said(lm, m):
     with pytest.raises(SqvizError, match="objective"):
         search_alpha(lm, m, sqviz.W8A8, "perplexity")
     short = sqviz.capture(lm, TOKENS[:80], length=40, progress=False)
-    with pytest.raises(SqvizError, match="6 segments"):
+    with pytest.raises(SqvizError, match=f"{SEARCHED + HELD} segments"):
         search_alpha(lm, short, sqviz.W8A8)
     with pytest.raises(SqvizError, match="folds"):
         search_alpha(tiny("Olmo2ForCausalLM"), m, sqviz.W8A8, folds="norm")
