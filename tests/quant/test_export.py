@@ -726,7 +726,7 @@ def test_the_recipe_says_how_it_came_about(tmp_path):
 def test_strengths_in_a_recipe_do_the_same_again(tmp_path):
     """However α was given, what the recipe holds makes the same model; what was searched says so."""
     original = tiny("LlamaForCausalLM")
-    magnitudes = capture(original, STREAM, samples=7, length=64, progress=False)
+    magnitudes = capture(original, STREAM, samples=7, length=48, progress=False)
     found = search_alpha(original, magnitudes, SMOOTHQUANT_O3, objective="layer", progress=False)
     ways = {
         "number": 0.3,
