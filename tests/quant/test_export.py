@@ -755,7 +755,7 @@ def test_strengths_in_a_recipe_do_the_same_again(tmp_path):
         "tried": {},
     }
     assert set(step["alpha"]) == {group for group, value in found.alphas.items() if value is not None}
-    assert step["folds"] == found.folds == "all"
+    assert step["folds"] == found.folds == "outliers"
 
 
 def test_the_hash_tells_smoothings_apart(tmp_path):
