@@ -52,17 +52,17 @@ def methods(searched: bool) -> list[sqviz.Method]:
 
 
 def objectives(rows: list[sqviz.Method]) -> pandas.DataFrame:
-    """The candidates of every search that was run: KL(p ‖ p̂) in nats per token, and which of them was kept."""
+    """The candidates of the last search for each scheme: KL(p ‖ p̂) in nats per token, and which of them was kept."""
     names = {row.scheme.as_code(): row.name for row in rows if row.scheme is not None and row.alpha == "auto"}
-    frames = []
-    for path in sorted((RESULTS / "schemes").glob("*.json")):
+    frames = {}
+    for path in sorted((RESULTS / "schemes").glob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
             found = sqviz.FoundAlpha.load(path)
         except SqvizError:
             continue  # a row of the table
         if found.scheme in names:
-            frames.append(found.tried_to_frame().reset_index().assign(method=names[found.scheme]))
-    return pandas.concat(frames).set_index(["method", "candidate"]).sort_index(level=0, sort_remaining=False)
+            frames[found.scheme] = found.tried_to_frame().reset_index().assign(method=names[found.scheme])
+    return pandas.concat(frames.values()).set_index(["method", "candidate"]).sort_index(level=0, sort_remaining=False)
 
 
 def shown(table: MethodTable) -> None:

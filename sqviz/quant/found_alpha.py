@@ -147,6 +147,7 @@ class FoundAlpha:
         try:
             held = json.loads(Path(path).read_text())
             {"alpha": None}[held.pop("sqviz")]
+            FOLDS[held["folds"]]
             return cls(**{**held, "tried": tuple(Tried(**one) for one in held["tried"])})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise SqvizError(f"{str(path)!r} holds no strengths written by sqviz ({error!r}).") from error

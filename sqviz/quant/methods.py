@@ -81,6 +81,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.folds is None:
             object.__setattr__(self, "folds", self._own_folds)
+        if self.folds not in tuple(FOLDS):
+            raise SqvizError(f"Method({self.name!r}, folds={self.folds!r}): one of {', '.join(FOLDS)} is allowed.")
         if isinstance(self.alpha, str) and self.alpha != "auto":
             raise SqvizError(
                 f"Method({self.name!r}, alpha={self.alpha!r}): a number in [0, 1], 'auto' or None is allowed."

@@ -51,7 +51,7 @@ def plan(lm: LM, alpha: Alpha, folds: Folds = "norm", online: bool = False) -> t
         NoSuchLayer: a pattern matches no linear.
         CannotFold: something was asked for that has no exact fold (and `online` is off).
     """
-    if folds not in FOLDS:
+    if folds not in tuple(FOLDS):
         raise SqvizError(
             f"folds={folds!r}; allowed: 'norm' (into norms, as the thesis does), 'all' (also into linears) or "
             "'outliers' (into linears only for channels that stand out)"

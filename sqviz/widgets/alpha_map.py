@@ -4,6 +4,7 @@ A cell is a group of linears that share an input; its colour runs from α = 0 to
 what a block does not have is left out. Everything travels as it is: there are a few hundred numbers.
 """
 
+import textwrap
 from typing import Any
 
 import traitlets
@@ -38,13 +39,17 @@ class AlphaMapView(View):
         """The map, its scale, and the candidates below."""
         kinds, blocks = self.meta["kinds"], self.meta["blocks"]
         tried = self.meta["tried"]
-        bottom = 66 + ROW * len(kinds)
-        picture = Still(WIDTH, bottom + 92 + 18 * (len(tried) + 2 if tried else 0), self.title, self.meta["note"])
+        note = textwrap.wrap(self.meta["note"], 125)
+        top = 51 + 15 * max(1, len(note))
+        bottom = top + ROW * len(kinds)
+        picture = Still(WIDTH, bottom + 92 + 18 * (len(tried) + 2 if tried else 0), self.title)
+        for line, words in enumerate(note):
+            picture.text(12, 28 + 15 * line, words, colour=DIM)
         each = (WIDTH - LEFT - 24) / max(1, len(blocks))
         for row, kind in enumerate(kinds):
-            picture.text(LEFT - 8, 66 + ROW * row + ROW / 2, kind, size=10, colour=DIM, anchor="rm")
+            picture.text(LEFT - 8, top + ROW * row + ROW / 2, kind, size=10, colour=DIM, anchor="rm")
         for cell in self.meta["cells"]:
-            box = Box(LEFT + each * cell["column"], 66 + ROW * cell["row"], each - 1.5, ROW - 2)
+            box = Box(LEFT + each * cell["column"], top + ROW * cell["row"], each - 1.5, ROW - 2)
             self._cell(picture, box, cell["alpha"])
         every = max(1, -(-len(blocks) // 16))
         for column, block in list(enumerate(blocks))[::every]:

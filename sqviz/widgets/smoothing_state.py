@@ -41,7 +41,7 @@ _WORDS: dict[str, Granularity | None] = {
 
 
 def check_folds(folds: Any) -> Folds:
-    """`folds`, if it is one of the two words `sqviz.smooth` knows."""
+    """`folds`, if it is one of the two that the explorer can show."""
     if folds not in ("norm", "all"):
         raise SqvizError(
             f"folds={folds!r}: 'norm' (into norms only) or 'all' (also into the linear before) is allowed."

@@ -276,9 +276,11 @@ def test_found_strengths_are_kept_and_reapplied(lm, m, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
     with pytest.raises(SqvizError, match="Search anew"):
         sqviz.smooth(tiny("OPTForCausalLM"), sqviz.capture(tiny("OPTForCausalLM"), TOKENS, length=40), again)
-    (tmp_path / "other.json").write_text('{"some": "thing"}')
-    with pytest.raises(SqvizError, match="no strengths"):
-        FoundAlpha.load(tmp_path / "other.json")
+    kept = (tmp_path / "alpha.json").read_text()
+    for text in ('{"some": "thing"}', kept.replace('"folds": "outliers"', '"folds": "linear"')):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(SqvizError, match="no strengths"):
+            FoundAlpha.load(tmp_path / "other.json")
 
 
 def test_what_cannot_be_searched_is_said(lm, m):

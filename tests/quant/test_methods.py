@@ -154,6 +154,7 @@ def test_what_is_quantised_cannot_be_rescaled(backend):
     [
         ({"alpha": "automatic", "scheme": sqviz.W8A8}, "auto"),
         ({"alpha": "auto"}, "scheme"),
+        ({"alpha": 0.5, "folds": "linear"}, "one of norm, all, outliers"),
         ({"alpha": 0.5, "norms_without_gain": True}, "norms"),
         ({"attention": True}, "scheme"),
         ({"skip": ("*.q_proj",)}, "scheme"),

@@ -1,5 +1,6 @@
 """The map of α: what travels to the page, and the picture that stands in for it."""
 
+import dataclasses
 import io
 import json
 from xml.etree import ElementTree
@@ -61,6 +62,16 @@ def test_the_picture_has_the_colours_of_the_strengths_and_hatches_what_is_not_sm
             assert (pixels == colour_map()[round(255 * cell["alpha"])]).all()
     missing = corner(view.meta["kinds"].index("self_attn.o_proj"), 0)
     assert (missing == 255).all()  # block 0 has none
+
+
+def test_what_it_was_searched_for_is_not_cut_off() -> None:
+    """A scheme of one's own has a long name: lines of it, each within the picture."""
+    given = dataclasses.replace(found(), scheme=f"Scheme({', '.join(['weight_clip=sqviz.LeastError()'] * 8)})")
+    texts = [element.text or "" for element in ElementTree.fromstring(str(given.to_svg()))]
+    lines = [text for text in texts if len(text) > 20 and text in given.describe()]
+    assert " ".join(lines) == given.describe()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 125
 
 
 def test_the_picture_says_everything_in_words() -> None:
