@@ -28,7 +28,7 @@ COLUMNS = {
     "× faster": "× faster",
 }
 DIGITS = {"perplexity perplexity": 2, "weights, MB": 1, "128 tokens, ms": 1, "× faster": 2}
-HELD = "KL held, nats per token"
+HELD, NOISE = "KL held, nats per token", "± to flat α"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,14 @@ def schemes(file: Path) -> str:
 
 
 def objectives(file: Path) -> str:
-    """A row per candidate, a column per scheme; what was kept is bold."""
+    """A row per candidate, a column per scheme: KL, and the noise of searches; what was kept is bold."""
     rows = _read(file)
     methods, candidates = (list(dict.fromkeys(row[name] for row in rows)) for name in ("method", "candidate"))
-    known = {
-        (row["candidate"], row["method"]): f"**{float(row[HELD]):.4f}**"
-        if row["kept"] == "True"
-        else f"{float(row[HELD]):.4f}"
-        for row in rows
-    }
+    known = {}
+    for row in rows:
+        figure = f"{float(row[HELD]):.4f}"
+        figure = f"**{figure}**" if row["kept"] == "True" else figure
+        known[row["candidate"], row["method"]] = f"{figure} ± {float(row[NOISE]):.4f}" if row[NOISE] else figure
     head = ["candidate", *(method.partition(",")[0] for method in methods)]
     return _markdown([head, *([one, *(known.get((one, method), "") for method in methods)] for one in candidates)])
 

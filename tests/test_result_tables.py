@@ -49,13 +49,13 @@ def test_another_table_takes_the_place_of_the_one_there(script, tmp_path):
 def test_objectives_side_by_side(script, tmp_path):
     file = tmp_path / "objectives.csv"
     file.write_text(
-        'method,candidate,"KL held, nats per token",kept\n'
-        '"O1, clipped",logits,0.03121,True\n"O1, clipped",none,0.05,False\n'
-        '"O3, clipped",none,0.7,False\n"O3, clipped",logits,0.0481,True\n'
+        'method,candidate,"KL held, nats per token",± to flat α,kept\n'
+        '"O1, clipped",logits,0.03121,0.0012,True\n"O1, clipped",none,0.05,,False\n'
+        '"O3, clipped",none,0.7,,False\n"O3, clipped",logits,0.0481,0.00249,True\n'
     )
     assert script.objectives(file).splitlines() == [
         "| candidate | O1 | O3 |",
         "| --- | ---: | ---: |",
-        "| logits | **0.0312** | **0.0481** |",
+        "| logits | **0.0312** ± 0.0012 | **0.0481** ± 0.0025 |",
         "| none | 0.0500 | 0.7000 |",
     ]

@@ -10,8 +10,8 @@ is searched for depends on what one looks at:
     "logits"   the Kullback-Leibler divergence KL(p ‖ p̂) of the next token: first one α for each kind of linear, the
                kinds in turns, then for each group of the REFINED blocks that lose most an α of its own
 
-    "auto"     all three, and flat strengths beside them; what has the least divergence on segments that no search has
-               seen is kept
+    "auto"     all three, and flat strengths beside them, compared on segments that no search has seen: the search with
+               the least divergence is kept if it beats the best flat strength by more than NOISE, else that one
 
 What is searched for one group or kind walks along GRID, from the best of what it has, None and MIDDLE, as far as that
 helps. The segments come from the calibration that `sqviz.capture` saw: of its tokens the first are searched on, later
@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sqviz.errors import Cancelled, SqvizError
@@ -35,7 +36,7 @@ from sqviz.progress import progress as progress_bar
 from sqviz.quant.block import Blocks
 from sqviz.quant.calibration import Calibration
 from sqviz.quant.divergence import Divergence
-from sqviz.quant.found_alpha import FoundAlpha, Tried
+from sqviz.quant.found_alpha import SEARCHES, FoundAlpha, Tried
 from sqviz.quant.linear import quantize_calibrated
 from sqviz.quant.plain import check_floating
 from sqviz.quant.plan import Folds, usual_folds
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from sqviz.observe.magnitudes import Magnitudes
 
 Objective = Literal["layer", "block", "logits", "auto"]
-OBJECTIVES = ("layer", "block", "logits", "auto")
+OBJECTIVES = (*SEARCHES, "auto")
 GRID: tuple[float | None, ...] = (None, 0.2, 0.4, 0.5, 0.6, 0.7, 0.85)
 """What a group may get; None leaves it unsmoothed."""
 
@@ -68,8 +69,14 @@ STARTS: tuple[tuple[float | None, float | None], ...] = ((None, None), (0.5, Non
 REFINED = 8
 """Blocks whose groups get strengths of their own where the divergence of the logits is searched by."""
 
-SEARCHED, HELD = 3, 4
-"""Segments of the calibration that are searched on, and that decide."""
+SEARCHED, HELD = 8, 16
+"""Segments of the calibration that are searched on, and that decide; of a short one a third is searched on."""
+
+FEWEST = 6
+"""Segments that a search needs."""
+
+NOISE = 2.0
+"""Standard errors by which strengths that were searched have to beat flat ones: fewer may be the choice of text."""
 
 Alphas = dict[str, float | None]
 """α by the name of a group's first linear."""
@@ -89,7 +96,7 @@ def search_alpha(
 
     Args:
         lm: the model, not quantised; it stays as it was.
-        magnitudes: from `sqviz.capture` of this model, seven segments at least; they also give the text to search on.
+        magnitudes: from `sqviz.capture` of this model, six segments at least; they also give the text to search on.
         scheme: what the model will be quantised by.
         objective: see above.
         folds: as for `sqviz.smooth`; None: "outliers" where a weight has one step per tensor, else "all".
@@ -137,13 +144,13 @@ class _Search:
     def __init__(self, lm: LM, magnitudes: "Magnitudes", scheme: Scheme, folds: Folds, cancel: CancelToken) -> None:
         self.lm, self.magnitudes, self.scheme, self.folds, self.cancel = lm, magnitudes, scheme, folds, cancel
         segments = magnitudes.tokens.view(-1, magnitudes.length)
-        if len(segments) < SEARCHED + HELD:
+        if len(segments) < FEWEST:
             raise SqvizError(
-                f"a search needs {SEARCHED + HELD} segments of calibration, and the magnitudes hold {len(segments)}: "
-                f"sqviz.capture(lm, text, samples={SEARCHED + HELD})"
+                f"a search needs {FEWEST} segments of calibration, better {SEARCHED + HELD}, and the magnitudes hold "
+                f"{len(segments)}: sqviz.capture(lm, text, samples={SEARCHED + HELD})"
             )
-        self.segments = segments[:SEARCHED]
-        self.searched, self.held = Divergence(lm, self.segments), Divergence(lm, segments[-HELD:])
+        self.segments, held = divided(segments)
+        self.searched, self.held = Divergence(lm, self.segments, cancel), Divergence(lm, held, cancel)
         kinds = ("norm",) if folds == "norm" else ("norm", "linear")
         self.groups = [group for group in groups(lm) if group.fold_kind in kinds]
         if not self.groups:
@@ -208,7 +215,7 @@ class _Search:
         for norm, linear in STARTS:
             start = {group.kind: norm if group.fold_kind == "norm" else linear for group in self.groups}
             value = self.divergence(self._spread(start), self.searched)
-            if value < least:
+            if not now or value < least:
                 least, now = value, start
             bar.step()
         found.update(self._spread(now))
@@ -248,16 +255,24 @@ class _Search:
         """All candidates on the segments that no search has seen."""
         for label, (norm, linear) in FLAT.items():
             self._flat[label] = {group.name: norm if group.fold_kind == "norm" else linear for group in self.groups}
-        for name, alphas in {**found, **self._flat}.items():
+        flat: list[Tensor] = []
+        for name, alphas in {**self._flat, **found}.items():
             model = self._quantised(self._smoothed(alphas), None)
-            self.decided.append(Tried(name, self.held(model), self.searched(model)))
+            here = self.held.each(model).nan_to_num(math.inf)
+            if name in self._flat:
+                flat, noise = sorted([*flat, here], key=torch.mean), None
+            else:
+                noise = _noise(here, flat[0])
+            self.decided.append(Tried(name, float(here.mean()), self.searched(model), noise))
             bar.step()
         return list(self.decided)
 
     def best(self, found: Mapping[str, Alphas], tried: list[Tried]) -> tuple[str, Alphas]:
-        """The name and the strengths of the best candidate; of a search that was cancelled, the last that has any."""
+        """The name and the strengths to keep: of the best candidate; of a cancelled search, the last that has any."""
         if tried:
-            name = min(tried, key=lambda one: one.divergence).name
+            flat = min((one for one in tried if one.noise is None), key=lambda one: one.divergence)
+            better = [one for one in tried if one.divergence + NOISE * (one.noise or 0) < flat.divergence]
+            name = min(better, key=lambda one: one.divergence, default=flat).name
             return name, {**found, **self._flat}[name]
         begun = [name for name, alphas in found.items() if alphas]
         return (begun[-1], found[begun[-1]]) if begun else ("none", {})
@@ -309,6 +324,17 @@ class _Search:
         return {group.name: by_kind[group.kind] for group in self.groups}
 
 
+def divided(segments: Int64[Tensor, "segment token"]) -> tuple[Tensor, Tensor]:
+    """The segments of a calibration that are searched on, and those that decide."""
+    searched = min(SEARCHED, len(segments) // 3)
+    return segments[:searched], segments[-min(HELD, len(segments) - searched) :]
+
+
+def _noise(one: Float[Tensor, " segment"], other: Float[Tensor, " segment"]) -> float:
+    """Standard error of the mean difference."""
+    return float((one - other).std().nan_to_num() / len(one) ** 0.5)
+
+
 def _climb(
     value: Callable[[float | None], float], start: float | None = None, least: float | None = None
 ) -> tuple[float | None, float]:
@@ -324,7 +350,8 @@ def _climb(
     def look(place: int) -> float:
         alpha = GRID[place]
         if alpha not in known:
-            known[alpha] = value(alpha)
+            found = value(alpha)
+            known[alpha] = math.inf if math.isnan(found) else found
         return known[alpha]
 
     at = min((GRID.index(start), GRID.index(None), GRID.index(MIDDLE)), key=look)

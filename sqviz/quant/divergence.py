@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sqviz.models.lm import LM
+from sqviz.progress import CancelToken
 
 STRIDE = 4
 """Of the tokens of a segment every so manyth is asked for the next one: less to compute and to hold."""
@@ -22,28 +23,35 @@ STRIDE = 4
 class Divergence:
     """Called with another model of the same vocabulary; what `lm` itself predicts is computed once."""
 
-    def __init__(self, lm: LM, segments: Int64[Tensor, "segment token"]) -> None:
-        self.lm, self.segments = lm, segments
+    def __init__(self, lm: LM, segments: Int64[Tensor, "segment token"], cancel: CancelToken | None = None) -> None:
+        self.lm, self.segments, self.cancel = lm, segments, cancel or CancelToken()
         self._known: list[Float[Tensor, "token vocabulary"]] = []
         self._made: list[list[Any]] = []
 
     def __call__(self, other: LM, since: int = 0) -> float:
-        """KL(p ‖ p̂), p of `lm` and p̂ of `other`, in nats per token.
+        """KL(p ‖ p̂), p of `lm` and p̂ of `other`, in nats per token; see `each`."""
+        return float(self.each(other, since).mean())
+
+    def each(self, other: LM, since: int = 0) -> Float[Tensor, " segment"]:
+        """The same of every segment: two models compared segment by segment differ by less noise than their means.
 
         Args:
             other: the changed model. Its blocks give what `lm`'s gave while this runs, and are as they were after it.
             since: index of its first block that was changed; those before it are not computed again.
+
+        Raises `Cancelled` between two segments.
         """
         if not self._known:
             self._known = [_next_token(self.lm, segment) for segment in self.segments]
         if since and not self._made:
             self._made = [_outputs(self.lm, segment) for segment in self.segments]
-        total = 0.0
+        found = []
         for place, (expected, segment) in enumerate(zip(self._known, self.segments, strict=True)):
+            self.cancel.check("comparing the logits")
             with _given(other.blocks[:since], self._made[place] if since else []):
                 got = _next_token(other, segment)
-            total += float((expected.exp() * (expected - got)).sum(-1).mean())
-        return total / len(self.segments)
+            found.append(float((expected.exp() * (expected - got)).sum(-1).mean()))
+        return torch.tensor(found)
 
 
 def _next_token(lm: LM, segment: Int64[Tensor, " token"]) -> Float[Tensor, "token vocabulary"]:

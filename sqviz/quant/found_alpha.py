@@ -23,6 +23,10 @@ _PLACE = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 """Index of the block and kind of linear in "model.layers.3.mlp.down_proj": the first number is the block's."""
 
 
+SEARCHES = ("layer", "block", "logits")
+"""What strengths are searched by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tried:
     """One candidate: how it was found, and KL(p ‖ p̂) in nats per token.
@@ -31,11 +35,13 @@ class Tried:
         name: the objective it was searched by, or "flat 0.5", or "none".
         divergence: on the segments that no search has seen; this decides.
         searched: on those that were searched on, where it is known.
+        noise: standard error of how far `divergence` is from that of the best flat strength, segment by segment.
     """
 
     name: str
     divergence: float
     searched: float | None = None
+    noise: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ class FoundAlpha:
         folds: the folds it needs.
         model: name of the model.
         tokens: SHA-256 of the calibration tokens.
-        tried: the candidates on text that no search has seen, the best first; empty unless objective was "auto".
+        tried: the candidates on text that no search has seen, least divergence first; empty for a single objective.
         complete: False if the search was cancelled.
     """
 
@@ -81,13 +87,16 @@ class FoundAlpha:
         return pandas.DataFrame(rows, columns=["linear", "block", "kind", "alpha"])
 
     def tried_to_frame(self) -> "pandas.DataFrame":
-        """One row per candidate, the best first: KL in nats per token on held segments, and on those searched on."""
+        """One row per candidate, the least divergence first: KL on held segments, and on those searched on.
+
+        Between them the standard error of the difference to the best flat strength. All in nats per token.
+        """
         import pandas
 
-        rows = [(one.name, one.divergence, one.searched, one.name == self.objective) for one in self.tried]
-        columns = ["candidate", "KL held, nats per token", "KL searched, nats per token", "kept"]
+        rows = [(one.name, one.divergence, one.noise, one.searched, one.name == self.objective) for one in self.tried]
+        columns = ["candidate", "KL held, nats per token", "± to flat α", "KL searched, nats per token", "kept"]
         frame = pandas.DataFrame(rows, columns=columns).set_index("candidate")
-        return frame.drop(columns=columns[2]) if all(one.searched is None for one in self.tried) else frame
+        return frame.dropna(axis="columns", how="all")
 
     def map(self, **state: Any) -> "AlphaMapView":
         """α of every linear by kind and block, with the candidates; `state`: traits of `AlphaMapView`."""
@@ -126,7 +135,7 @@ class FoundAlpha:
     def _how(self) -> str:
         if self.objective == "none":
             return "no smoothing"
-        return self.objective if self.objective.startswith("flat ") else f"searched by {self.objective}"
+        return f"searched by {self.objective}" if self.objective in SEARCHES else self.objective
 
     def __repr__(self) -> str:
         """Short; with a hash of the strengths, so that those of two are equal only if they are."""

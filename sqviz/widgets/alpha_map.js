@@ -97,17 +97,19 @@ function drawLegend(context, width, left, y, lut, colours) {
 
 function triedTable(tried) {
   const make = (tag, text, className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
-  const searched = tried.some((one) => one.searched !== null);
+  const [searched, noise] = ["searched", "noise"].map((what) => tried.some((one) => one[what] !== null));
+  const figure = (value) => make("td", value === null ? "" : number(value), "number");
   const table = make("table", "", "am-tried");
-  const heads = ["candidate", "KL held, nats per token", ...(searched ? ["KL searched, nats per token"] : []), ""];
+  const heads = ["candidate", "KL held, nats per token", ...(noise ? ["± to flat α"] : []), ...(searched ? ["KL searched, nats per token"] : []), ""];
   const head = table.createTHead().insertRow();
-  for (const text of heads) head.append(Object.assign(make("th", text, text.startsWith("KL") ? "number" : ""), { scope: "col" }));
+  for (const text of heads) head.append(Object.assign(make("th", text, /^(KL|±)/.test(text) ? "number" : ""), { scope: "col" }));
   const body = table.createTBody();
   for (const one of tried) {
     const row = body.insertRow();
     row.className = one.kept ? "am-kept" : "";
-    row.append(make("td", one.name), make("td", number(one.divergence), "number"));
-    if (searched) row.append(make("td", one.searched === null ? "" : number(one.searched), "number"));
+    row.append(make("td", one.name), figure(one.divergence));
+    if (noise) row.append(figure(one.noise));
+    if (searched) row.append(figure(one.searched));
     row.append(make("td", one.kept ? "★ kept" : ""));
   }
   return table;
@@ -153,7 +155,7 @@ function render({ model, el }) {
   add("sqviz-title", model.get("title"));
   add("sqviz-note", meta.note);
   if (meta.tried.length) {
-    add("sqviz-note", "Candidates; the one with the least divergence on segments that no search has seen is kept.");
+    add("sqviz-note", "Candidates, on segments that no search has seen. A search is kept if it is ahead of the best flat α by two standard errors.");
     root.append(triedTable(meta.tried));
   }
   const tooltip = makeTooltip(root);

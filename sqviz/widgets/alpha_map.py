@@ -4,6 +4,7 @@ A cell is a group of linears that share an input; its colour runs from α = 0 to
 what a block does not have is left out. Everything travels as it is: there are a few hundred numbers.
 """
 
+import math
 import textwrap
 from typing import Any
 
@@ -16,6 +17,9 @@ from sqviz.widgets.view import View
 WIDTH, LEFT, ROW = 820, 150, 34
 HATCH = 5.0
 """Points between the lines that say "not smoothed"."""
+
+COLUMNS = {"divergence": "KL held, nats per token", "noise": "± to flat α", "searched": "KL searched, nats per token"}
+"""Of the table of candidates: what is shown of a `Tried`, where any has it."""
 
 
 class AlphaMapView(View):
@@ -95,17 +99,17 @@ def hatch(picture: Still, box: Box) -> None:
 def _candidates(picture: Still, tried: list[dict[str, Any]], top: float) -> None:
     if not tried:
         return
-    searched = any(one["searched"] is not None for one in tried)
-    heads = ["candidate", "KL held, nats per token", *(["KL searched, nats per token"] if searched else [])]
-    places = [LEFT, LEFT + 260, LEFT + 460]
-    for place, head in zip(places, heads, strict=False):
-        picture.text(place, top, head, size=10, colour=DIM, anchor="la" if place == LEFT else "ra")
+    shown = [name for name in COLUMNS if any(one[name] is not None for one in tried)]
+    places = {name: LEFT + 260 + 150 * place for place, name in enumerate(shown)}
+    picture.text(LEFT, top, "candidate", size=10, colour=DIM)
+    for name, place in places.items():
+        picture.text(place, top, COLUMNS[name], size=10, colour=DIM, anchor="ra")
     for row, one in enumerate(tried, 1):
         kept = "  ★ kept" if one["kept"] else ""
         picture.text(LEFT, top + 18 * row, one["name"] + kept)
-        picture.text(places[1], top + 18 * row, number(one["divergence"]), anchor="ra")
-        if one["searched"] is not None:
-            picture.text(places[2], top + 18 * row, number(one["searched"]), anchor="ra")
+        for name, place in places.items():
+            if one[name] is not None:
+                picture.text(place, top + 18 * row, number(one[name]), anchor="ra")
 
 
 def _short(alpha: float) -> str:
@@ -128,7 +132,8 @@ def _meta(found: FoundAlpha) -> dict[str, Any]:
         "tried": [
             {
                 "name": one.name,
-                "divergence": one.divergence,
+                "divergence": one.divergence if math.isfinite(one.divergence) else None,
+                "noise": one.noise,
                 "searched": one.searched,
                 "kept": one.name == found.objective,
             }

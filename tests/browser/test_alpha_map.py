@@ -80,11 +80,11 @@ def test_every_cell_is_reached_by_keys(view_page) -> None:
 def test_candidates_stand_above_the_map_and_the_kept_one_is_marked(view_page) -> None:
     page = view_page(found(), height=560)
     rows = [row.inner_text().split("\t") for row in page.locator(".am-tried tr").all()]
-    assert rows[0][:3] == ["candidate", "KL held, nats per token", "KL searched, nats per token"]
+    assert rows[0][:4] == ["candidate", "KL held, nats per token", "± to flat α", "KL searched, nats per token"]
     assert [[cell.strip() for cell in row] for row in rows[1:]] == [
-        ["logits", "0.123", "0.11", "★ kept"],
-        ["flat 0.5", "0.5", "", ""],
-        ["layer", "0.75", "0.09", ""],
+        ["logits", "0.123", "0.0321", "0.11", "★ kept"],
+        ["flat 0.5", "0.5", "", "", ""],
+        ["layer", "0.75", "0.04", "0.09", ""],
     ]
     before = pixels(page.locator("canvas"))
     page.locator("select").select_option("cividis")

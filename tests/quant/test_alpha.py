@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from sqviz.models.linears import groups
 from sqviz.models.tiny import tiny
 from sqviz.observe.hooks import activations
 from sqviz.quant import alpha as search
-from sqviz.quant.alpha import GRID, HELD, SEARCHED, search_alpha
+from sqviz.quant.alpha import FEWEST, FLAT, GRID, HELD, NOISE, SEARCHED, divided, search_alpha
 from sqviz.quant.block import Blocks
 from sqviz.quant.clipping import LeastError
 from sqviz.quant.divergence import STRIDE, Divergence
 from sqviz.quant.found_alpha import FoundAlpha, Tried
 
 TOKENS = torch.randint(3, 131, (8 * 40,), generator=torch.Generator().manual_seed(1))
+SEEN, UNSEEN = TOKENS.view(-1, 40).split([2, 6])
+"""A third of the calibration is searched on."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def test_logits_are_searched_by_kind_and_then_block_by_block(lm, m, monkeypatch)
     monkeypatch.setattr(search, "REFINED", 1)
     scheme = sqviz.SMOOTHQUANT_O1
     found = search_alpha(lm, m, scheme, "logits", progress=False)
-    segments = TOKENS.view(-1, 40)[:SEARCHED]
+    segments = SEEN
     kinds = dict.fromkeys(group.kind for group in groups(lm))
 
     def value(alphas, index=None):
@@ -154,7 +157,7 @@ def test_layers_are_searched_by_the_error_of_their_own_output(lm, m):
 def test_blocks_are_searched_by_what_they_add(lm, m):
     scheme = sqviz.SMOOTHQUANT_O2
     found = search_alpha(lm, m, scheme, "block", progress=False)
-    segments = TOKENS.view(-1, 40)[:SEARCHED]
+    segments = SEEN
     mine = [group for group in groups(lm) if group.block == 1]
     elsewhere = [name for group in groups(lm) if group.block != 1 for name in group.consumers]
     now = {group.name: None for group in mine}
@@ -181,6 +184,17 @@ def test_the_error_of_a_block_is_that_of_what_it_adds(lm, m):
     assert Blocks(lm, segments).error(lm, 1) == 0
 
 
+def kept(tried):
+    """The best search, if it is better than the best flat strength by more than the noise."""
+    flat = min((tried[name] for name in FLAT), key=lambda one: one.divergence)
+    best = flat
+    for name in set(tried) - set(FLAT):
+        ahead = flat.divergence - tried[name].divergence
+        if ahead > NOISE * tried[name].noise and tried[name].divergence < best.divergence:
+            best = tried[name]
+    return best.name
+
+
 def test_auto_keeps_what_is_best_on_text_that_no_search_has_seen(lm, m):
     scheme = sqviz.SMOOTHQUANT_O3
     found = search_alpha(lm, m, scheme, progress=False)
@@ -194,22 +208,79 @@ def test_auto_keeps_what_is_best_on_text_that_no_search_has_seen(lm, m):
         "flat 0.5",
         "flat 0.85",
     }
-    assert found.objective == found.tried[0].name
+    by_name = {one.name: one for one in found.tried}
+    assert found.objective == kept(by_name)
     smoothed = lm
     if any(value is not None for value in found.alphas.values()):
         smoothed = sqviz.smooth(lm, m, found, folds="outliers")
-    held = TOKENS.view(-1, 40)[-HELD:]
-    assert divergence(lm, sqviz.quantize(smoothed, scheme, m), held) == pytest.approx(
-        found.tried[0].divergence, rel=1e-3
-    )
-    flat = divergence(lm, sqviz.quantize(sqviz.smooth(lm, m, 0.5, folds="outliers"), scheme, m), held)
-    assert flat == pytest.approx(next(t.divergence for t in found.tried if t.name == "flat 0.5"), rel=1e-3)
-    seen = divergence(lm, sqviz.quantize(smoothed, scheme, m), TOKENS.view(-1, 40)[:SEARCHED])
-    assert seen == pytest.approx(found.tried[0].searched, rel=1e-3)
+    one = by_name[found.objective]
+    assert divergence(lm, sqviz.quantize(smoothed, scheme, m), UNSEEN) == pytest.approx(one.divergence, rel=1e-3)
+    flat = sqviz.quantize(sqviz.smooth(lm, m, 0.5, folds="outliers"), scheme, m)
+    assert divergence(lm, flat, UNSEEN) == pytest.approx(by_name["flat 0.5"].divergence, rel=1e-3)
+    seen = divergence(lm, sqviz.quantize(smoothed, scheme, m), SEEN)
+    assert seen == pytest.approx(one.searched, rel=1e-3)
     auto = sqviz.smooth(lm, m, "auto", scheme=scheme, folds="outliers")
     assert {name: s.tolist() for name, s in auto.scales.items()} == {
         name: s.tolist() for name, s in smoothed.scales.items()
     }
+
+
+@torch.no_grad()
+def test_searches_are_told_apart_from_flat_strengths_segment_by_segment(lm, m):
+    scheme = sqviz.SMOOTHQUANT_O3
+    tried = {one.name: one for one in search_alpha(lm, m, scheme, progress=False).tried}
+    assert all((one.noise is None) == (name in FLAT) for name, one in tried.items())
+    best = min((tried[name] for name in FLAT), key=lambda one: one.divergence).name
+    into_norms, into_linears = FLAT[best]
+    flat = lm
+    if (into_norms, into_linears) != (None, None):
+        each = {group.name: into_norms if group.fold_kind == "norm" else into_linears for group in groups(lm)}
+        flat = sqviz.smooth(lm, m, lambda group: each[group.name], folds="outliers")
+    by_layer = search_alpha(lm, m, scheme, "layer", progress=False)
+    two = [sqviz.quantize(one, scheme, m) for one in (flat, sqviz.smooth(lm, m, by_layer, folds="outliers"))]
+    behind = [divergence(lm, two[1], [one]) - divergence(lm, two[0], [one]) for one in UNSEEN]
+    mean = sum(behind) / len(behind)
+    noise = math.sqrt(sum((one - mean) ** 2 for one in behind) / (len(behind) - 1) / len(behind))
+    assert tried["layer"].divergence - tried[best].divergence == pytest.approx(mean, rel=1e-2, abs=1e-6)
+    assert tried["layer"].noise == pytest.approx(noise, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("logits", "layer", "name"),
+    [
+        ((0.5, 0.01), (0.6, 0.01), "logits"),
+        ((0.5, 0.3), (0.6, 0.01), "layer"),
+        ((0.5, 0.3), (0.9, 0.06), "flat 0.5"),
+        ((0.5, 0.3), (2.0, 0.01), "flat 0.5"),
+        ((math.inf, 0.0), (math.inf, 0.0), "flat 0.5"),
+    ],
+)
+def test_a_search_is_kept_only_if_it_is_ahead_by_more_than_the_noise(lm, m, logits, layer, name):
+    one = search._Search(lm, m, sqviz.SMOOTHQUANT_O1, "outliers", sqviz.CancelToken())
+    found = {"layer": {"a": 0.2}, "logits": {"a": 0.4}}
+    one._flat = {"none": {"a": None}, "flat 0.5": {"a": 0.5}}
+    tried = [Tried("none", math.inf), Tried("flat 0.5", 1.0)]
+    tried += [Tried("layer", layer[0], 0.1, layer[1]), Tried("logits", logits[0], 0.1, logits[1])]
+    assert one.best(found, tried) == (name, {**found, **one._flat}[name])
+
+
+@given(st.integers(FEWEST, 80))
+def test_what_is_searched_on_and_what_decides_do_not_meet(count):
+    searched, held = (part.flatten().tolist() for part in divided(torch.arange(count)[:, None]))
+    assert not set(searched) & set(held)
+    assert len(searched) >= 2
+    assert len(held) >= 2 * min(len(searched), HELD / 2)
+    assert (len(searched), len(held)) == (SEARCHED, HELD) or count < SEARCHED + HELD
+
+
+def test_a_model_that_gives_no_numbers_ends_the_walk_and_loses(lm, m):
+    for nan in itertools.product((False, True), repeat=len(GRID)):
+        alpha, least = search._climb(lambda one, nan=nan: math.nan if nan[GRID.index(one)] else float(one or 0))
+        assert not math.isnan(least)
+        if not (nan[GRID.index(None)] and nan[GRID.index(0.5)]):
+            assert not nan[GRID.index(alpha)]
+    broken = torch.full((2, 3), math.nan)
+    assert search._noise(broken[0], broken[1]) == 0
 
 
 def test_kept_sinks_stand_before_a_block_that_runs_by_itself(lm):
@@ -289,7 +360,7 @@ def test_what_cannot_be_searched_is_said(lm, m):
     with pytest.raises(SqvizError, match="objective"):
         search_alpha(lm, m, sqviz.W8A8, "perplexity")
     short = sqviz.capture(lm, TOKENS[:80], length=40, progress=False)
-    with pytest.raises(SqvizError, match=f"{SEARCHED + HELD} segments"):
+    with pytest.raises(SqvizError, match=f"{FEWEST} segments.*samples={SEARCHED + HELD}"):
         search_alpha(lm, short, sqviz.W8A8)
     with pytest.raises(SqvizError, match="folds"):
         search_alpha(tiny("Olmo2ForCausalLM"), m, sqviz.W8A8, folds="norm")

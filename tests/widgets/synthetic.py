@@ -42,7 +42,7 @@ def found_alpha(blocks: int = 4) -> FoundAlpha:
         for place, kind in enumerate(kinds)
         if (block, kind) != (0, "self_attn.o_proj")
     }
-    tried = (Tried("logits", 0.1234, 0.11), Tried("flat 0.5", 0.5), Tried("layer", 0.75, 0.09))
+    tried = (Tried("logits", 0.1234, 0.11, 0.0321), Tried("flat 0.5", 0.5), Tried("layer", 0.75, 0.09, 0.04))
     return FoundAlpha(alphas, "logits", "sqviz.SMOOTHQUANT_O2", "all", "model & <more>", "0" * 64, tried)
 
 

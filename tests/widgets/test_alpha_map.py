@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 from xml.etree import ElementTree
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 from synthetic import found_alpha as found
 
-from sqviz.quant.found_alpha import FoundAlpha
+from sqviz.quant.found_alpha import FoundAlpha, Tried
 from sqviz.widgets.alpha_map import LEFT, ROW, WIDTH, AlphaMapView, _short
 from sqviz.widgets.still import colour_map
 
@@ -27,7 +28,9 @@ def test_every_strength_travels_as_it_is_with_its_name() -> None:
         assert cell["name"] == f"model.layers.{meta['blocks'][cell['column']]}.{meta['kinds'][cell['row']]}"
     assert len({(cell["row"], cell["column"]) for cell in meta["cells"]}) == len(given.alphas)
     assert [one["kept"] for one in meta["tried"]] == [True, False, False]
-    json.dumps(meta, allow_nan=False)
+    broken = dataclasses.replace(given, tried=(*given.tried, Tried("block", math.inf)))
+    assert AlphaMapView(broken).meta["tried"][-1]["divergence"] is None
+    json.dumps([meta, AlphaMapView(broken).meta], allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,8 @@ def test_what_it_was_searched_for_is_not_cut_off() -> None:
 
 def test_the_picture_says_everything_in_words() -> None:
     texts = [element.text or "" for element in ElementTree.fromstring(str(found().to_svg()))]
-    for wanted in (*KINDS, "block", "α", "not smoothed", "logits  ★ kept", "flat 0.5", "0.123", "0.75", "0.09"):
+    figures = ("0.123", "0.75", "0.09", "0.0321")
+    for wanted in (*KINDS, "block", "α", "not smoothed", "logits  ★ kept", "flat 0.5", *figures):
         assert wanted in texts
     assert any("searched by logits for SMOOTHQUANT_O2" in text for text in texts)
     bare = FoundAlpha({"model.layers.0.mlp.down_proj": None}, "layer", "sqviz.W8A8", "all", "m", "")
