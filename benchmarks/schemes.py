@@ -76,9 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", type=int, default=16, help="documents to score, one segment each")
     parser.add_argument("--samples", type=int, default=512, help="segments to calibrate on")
-    parser.add_argument(
-        "--searched", action="store_true", help="also the rows that search α, half an hour each"
-    )
+    parser.add_argument("--searched", action="store_true", help="also the rows that search α, half an hour each")
     parser.add_argument("--latency", action="store_true", help="also time the executed models: on an idle machine")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
