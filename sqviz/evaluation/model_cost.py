@@ -22,11 +22,11 @@ from sqviz.corpus.segments import Text, as_tokens
 from sqviz.corpus.source import text as source
 from sqviz.errors import SqvizError, TextTooShort
 from sqviz.models.lm import LM
+from sqviz.models.logits import logits_of
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.quant.int8_attention import uses
 from sqviz.shown import Shown
-from sqviz.streaming.feed import last_logits_only
 
 if TYPE_CHECKING:
     import pandas
@@ -161,7 +161,7 @@ def model_cost(
 
 
 def _read(lm: LM, prompt: Int64[Tensor, "batch token"]) -> Callable[[], object]:
-    only = last_logits_only(lm)
+    only = logits_of(lm, 1)
     return lambda: lm.model(input_ids=prompt, use_cache=True, **only)
 
 
@@ -172,7 +172,7 @@ def _step(lm: LM, prompt: Int64[Tensor, "batch token"]) -> Callable[[], object]:
     from sqviz.quant.int8_cache import Int8Cache
 
     cache = Int8Cache(lm) if uses(lm) else DynamicCache()
-    lm.model(input_ids=prompt, past_key_values=cache, use_cache=True, **last_logits_only(lm))
+    lm.model(input_ids=prompt, past_key_values=cache, use_cache=True, **logits_of(lm, 1))
 
     def once() -> None:
         lm.model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True)

@@ -22,10 +22,11 @@ from sqviz.corpus.segments import as_tokens
 from sqviz.errors import SqvizError, TextTooShort
 from sqviz.memory import peak_memory
 from sqviz.models.lm import LM
+from sqviz.models.logits import logits_of
 from sqviz.progress import CancelToken
 from sqviz.progress import progress as progress_bar
 from sqviz.shown import Shown
-from sqviz.streaming.feed import Feed, last_logits_only
+from sqviz.streaming.feed import Feed
 from sqviz.streaming.policies import Sinks, of_size
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def steps_at(
     from transformers import DynamicCache
 
     text = ids[: size + MARGIN]
-    only = last_logits_only(lm)
+    only = logits_of(lm, 1)
     steps: dict[str, Step] = {}
     sizes: dict[str, Callable[[], int]] = {}
     feed: Feed | None = None

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sqviz.models.lm import LM
+from sqviz.models.logits import logits_of
 from sqviz.progress import CancelToken
 
 STRIDE = 4
@@ -56,9 +57,10 @@ class Divergence:
 
 def _next_token(lm: LM, segment: Int64[Tensor, " token"]) -> Float[Tensor, "token vocabulary"]:
     """ln p of what follows every STRIDE-th token."""
+    places = torch.arange(STRIDE - 1, len(segment), STRIDE, device=lm.device)
     with torch.no_grad():
-        logits = lm.model(segment[None].to(lm.device), use_cache=False).logits[0, STRIDE - 1 :: STRIDE]
-        return logits.float().log_softmax(-1)
+        logits = lm.model(segment[None].to(lm.device), use_cache=False, **logits_of(lm, places)).logits[0]
+        return (logits if len(logits) == len(places) else logits[places]).float().log_softmax(-1)
 
 
 def _outputs(lm: LM, segment: Int64[Tensor, " token"]) -> list[Any]:

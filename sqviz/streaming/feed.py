@@ -1,6 +1,5 @@
 """A text fed to a model under a policy, block by block: the logits at every token, as a stream would have had them."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sqviz.errors import TooLarge
 from sqviz.models.lm import LM
+from sqviz.models.logits import logits_of
 from sqviz.streaming.policies import Dense, Policy, Recompute
 from sqviz.streaming.shared_sinks import SharedSinks, applies
 
@@ -56,7 +56,7 @@ class Feed:
         self.cache = cache
         if cache is None and not isinstance(policy, Recompute):
             self.cache = SinkCache(lm, policy, int8=int8)
-        self._last_only = last_logits_only(lm)
+        self._last_only = logits_of(lm, 1)
 
     def passes(self) -> Iterator[tuple[int, Float[Tensor, "token vocabulary"]]]:
         """(tokens read before, logits at each token of the pass), until the text ends."""
@@ -97,11 +97,6 @@ class Feed:
         """Take the cache's hooks off the model."""
         if self.cache is not None:
             self.cache.close()
-
-
-def last_logits_only(lm: LM) -> dict[str, Any]:
-    """The argument of the model's forward that computes the logits of the last token alone, where there is one."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
 
 
 def _check_fits(cache: "SinkCache", tokens: int) -> None:

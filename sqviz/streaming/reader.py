@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sqviz.errors import SqvizError
 from sqviz.models.lm import LM
+from sqviz.models.logits import logits_of
 from sqviz.streaming.policies import Policy, Recompute, capacity
 
 if TYPE_CHECKING:
@@ -192,7 +192,6 @@ def reader(lm: LM, policy: Policy, cache: "SinkCache | None", chunk: int) -> Rea
 def last_logits(lm: LM, ids: Sequence[int], cache: "SinkCache | None") -> Float[Tensor, " vocabulary"]:
     """Logits after the last of these tokens."""
     row = torch.tensor([list(ids)], dtype=torch.long, device=lm.device)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
-    output = lm.model(input_ids=row, past_key_values=cache, use_cache=cache is not None, **last)
+    output = lm.model(input_ids=row, past_key_values=cache, use_cache=cache is not None, **logits_of(lm, 1))
     logits: Tensor = output.logits[0, -1]
     return logits.clone()
