@@ -4,8 +4,9 @@
 
 Scored is one segment of 512 tokens out of each of 16 documents, spread over the embedded addresses; calibration and
 searches read other documents. Rows are kept in benchmarks/results/schemes, so a run that was stopped goes on where it
-was; the table is written to benchmarks/results/schemes.csv, and what the candidates of each search came to on segments
-that no search has seen, to objectives.csv. Quantisation is simulated, latency is that of the executed model.
+was; the table is written to benchmarks/results/schemes.csv, what the candidates of each search came to on segments that
+no search has seen, to objectives.csv, and how what was kept does on the scored text, to searched.csv. Quantisation is
+simulated, latency is that of the executed model.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from torch import Tensor
 import sqviz
 from sqviz.corpus.segments import as_tokens
 from sqviz.errors import SqvizError
+from sqviz.evaluation.method_runner import Runner
 from sqviz.evaluation.method_table import MethodTable
 from sqviz.models.lm import LM
+from sqviz.quant.divergence import Divergence
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH = 512
@@ -65,6 +68,34 @@ def objectives(rows: list[sqviz.Method]) -> pandas.DataFrame:
     return pandas.concat(frames.values()).set_index(["method", "candidate"]).sort_index(level=0, sort_remaining=False)
 
 
+def on_scored_text(
+    lm: LM, table: MethodTable, rows: list[sqviz.Method], runner: Runner, text: Tensor
+) -> pandas.DataFrame:
+    """Searched strengths beside a flat 0.5 with the same folds, paired by segment: KL in nats per token; perplexity."""
+    divergence = Divergence(runner.kept(lm), text.view(-1, LENGTH))
+    by_name = {row.name: row for row in rows}
+    found = {}
+    for level in LEVELS:
+        pair = [f"{level.name}, clipped, kept sinks, {how}" for how in ("folds of outliers", "α searched")]
+        flat, searched = (
+            divergence.each(by_name[name].apply(lm, runner.captured, keep=runner.kept, search=runner.searched))
+            for name in pair
+        )
+        reference, evaluation = (table[name].evaluation for name in pair)
+        assert reference is not None
+        assert evaluation is not None
+        change = evaluation.against(reference)["perplexity"]
+        found[level.name] = {
+            "KL, flat 0.5": float(flat.mean()),
+            "KL, searched": float(searched.mean()),
+            "± 95 % of the difference": 1.96 * float((searched - flat).std()) / len(flat) ** 0.5,
+            "perplexity, searched / flat": change.change,
+            "from": change.low,
+            "to": change.high,
+        }
+    return pandas.DataFrame.from_dict(found, orient="index").rename_axis("method")
+
+
 def shown(table: MethodTable) -> None:
     """One line per finished row."""
     row = table.rows[-1]
@@ -99,6 +130,10 @@ def main() -> None:
     table.to_frame().round(3).to_csv(RESULTS / "schemes.csv")
     if given.searched:
         objectives(rows).round(4).to_csv(RESULTS / "objectives.csv")
+        runner = Runner(lm, documents, given.samples, LENGTH, RESULTS / "schemes", sqviz.CancelToken())
+        scored = on_scored_text(lm, table, rows, runner, held).round(4)
+        print(scored.to_string())
+        scored.to_csv(RESULTS / "searched.csv")
 
 
 if __name__ == "__main__":
