@@ -258,7 +258,7 @@ class _Search:
         flat: list[Tensor] = []
         for name, alphas in {**self._flat, **found}.items():
             model = self._quantised(self._smoothed(alphas), None)
-            here = self.held.each(model).nan_to_num(math.inf)
+            here = self.held.each(model).nan_to_num(math.inf, posinf=math.inf)
             if name in self._flat:
                 flat, noise = sorted([*flat, here], key=torch.mean), None
             else:

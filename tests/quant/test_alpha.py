@@ -273,6 +273,17 @@ def test_what_is_searched_on_and_what_decides_do_not_meet(count):
     assert (len(searched), len(held)) == (SEARCHED, HELD) or count < SEARCHED + HELD
 
 
+def test_a_candidate_that_gives_no_numbers_is_not_kept(lm, m, monkeypatch):
+    one = search._Search(lm, m, sqviz.SMOOTHQUANT_O1, "outliers", sqviz.CancelToken())
+    monkeypatch.setattr(search, "FLAT", {"none": (None, None), "flat 0.5": (0.5, 0.5)})
+    answers = iter([[math.nan] * 6, [1.0] * 6, [0.5] * 5 + [math.inf]])
+    monkeypatch.setattr(one.held, "each", lambda model: torch.tensor(next(answers)))
+    with sqviz.progress.progress(3, "deciding", show=False) as bar:
+        tried = one.decide({"layer": {}}, bar)
+    assert [each.divergence for each in tried] == [math.inf, 1.0, math.inf]
+    assert one.best({"layer": {}}, tried)[0] == "flat 0.5"
+
+
 def test_a_model_that_gives_no_numbers_ends_the_walk_and_loses(lm, m):
     for nan in itertools.product((False, True), repeat=len(GRID)):
         alpha, least = search._climb(lambda one, nan=nan: math.nan if nan[GRID.index(one)] else float(one or 0))
